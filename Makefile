@@ -44,9 +44,9 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 run: setup ## draw PROMPT with MODEL on DEVICES processes
-	@$(BIN)/distrifusion run $(MODEL) --prompt="$$PROMPT" --devices=$(DEVICES) \
-	$(if $(PLAN),--plan=$(PLAN)) $(if $(SIZE),--size=$(SIZE)) $(if $(STEPS),--steps=$(STEPS)) \
-	$(if $(GUIDANCE),--guidance=$(GUIDANCE)) $(if $(SEED),--seed=$(SEED)) \
+	@$(BIN)/distrifusion run '$(MODEL)' --prompt="$$PROMPT" --devices='$(DEVICES)' \
+	$(if $(PLAN),--plan='$(PLAN)') $(if $(SIZE),--size='$(SIZE)') $(if $(STEPS),--steps='$(STEPS)') \
+	$(if $(GUIDANCE),--guidance='$(GUIDANCE)') $(if $(SEED),--seed='$(SEED)') \
 	$${OUT:+-o "$$OUT"} $(if $(filter-out 0,$(COMPARE)),--compare)
 
 test: setup ## set up and pass the tests

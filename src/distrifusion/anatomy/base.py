@@ -1,0 +1,80 @@
+"""What a denoiser is made of, as facts: where positions mix, and at which resolution."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Site:
+    """A layer that looks beyond one position.
+
+    Attributes:
+        name: qualified name in the model.
+        module: the layer.
+        level: resolution of its input; 0 is the finest, each next one is half.
+        level_out: resolution of its output.
+    """
+
+    name: str
+    module: nn.Module
+    level: int
+    level_out: int
+
+
+class ConvSite(Site):
+    """A 2-D convolution with a kernel larger than one position, zero padding."""
+
+
+class EntrySite(ConvSite):
+    """The convolution that reads the model's input itself."""
+
+
+class NormSite(Site):
+    """A group norm: statistics over all positions."""
+
+
+class AttentionSite(Site):
+    """Self-attention over all positions, with `to_q`, `to_k`, `to_v` called on the same hidden states in that order."""
+
+
+class UpsampleSite(Site):
+    """Nearest upsampling to twice the resolution, `forward(hidden_states, output_size)`, maybe with a convolution."""
+
+
+@dataclass
+class BoundCall:
+    """The arguments of one denoiser call, sorted by how they are cut.
+
+    Attributes:
+        sample: the latents [B, C, H, W].
+        batched: arguments whose tensors have the batch as first dimension, possibly nested.
+        spatial: arguments whose tensors are [B, C, h, w] at one of the model's resolutions, possibly nested.
+        rest: everything else, the same for every rank.
+    """
+
+    sample: torch.Tensor
+    batched: dict[str, Any]
+    spatial: dict[str, Any]
+    rest: dict[str, Any]
+
+
+class Anatomy(Protocol):
+    """Facts about one family of denoisers."""
+
+    def num_levels(self, model: Any) -> int:
+        """Number of resolutions."""
+
+    def sites(self, model: nn.Module) -> list[Site]:
+        """All sites in the model's own order; raises UnsupportedModel naming a layer that has no rule."""
+
+    def bind(self, forward: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> BoundCall:
+        """Sort the arguments of a call; raises ConfigError on one that cannot be cut."""
+
+    def output(self, sample: torch.Tensor, call: BoundCall) -> Any:
+        """The model's own output type around a prediction [B, C, H, W]."""

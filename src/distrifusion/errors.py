@@ -1,0 +1,47 @@
+"""The errors a caller can meet, each a value for a person: what was wrong, and what to do instead."""
+
+from __future__ import annotations
+
+
+class DistrifusionError(Exception):
+    """Base of every error that this library raises on purpose."""
+
+
+class PlanError(DistrifusionError, ValueError):
+    """A plan has an unknown word, clashing words, or does not fit the devices."""
+
+
+class ConfigError(DistrifusionError, ValueError):
+    """An argument other than the plan has a value that cannot work."""
+
+
+class UnsupportedModel(DistrifusionError, TypeError):
+    """A layer mixes positions of the picture and no rule says how to split it; the layer is named."""
+
+
+class RankFailed(DistrifusionError, RuntimeError):
+    """One rank failed or went away while the others were working.
+
+    Attributes:
+        rank: the rank that failed, or None if it is not known which.
+        step: the denoising step (from 0) it was in, or None outside the loop.
+    """
+
+    def __init__(self, message: str, *, rank: int | None = None, step: int | None = None) -> None:
+        super().__init__(message)
+        self.rank = rank
+        self.step = step
+
+
+class StepTimeout(DistrifusionError, TimeoutError):
+    """A wait for other ranks passed its limit.
+
+    Attributes:
+        rank: the rank that waited, or None if it is not known.
+        step: the denoising step (from 0) it was in, or None outside the loop.
+    """
+
+    def __init__(self, message: str, *, rank: int | None = None, step: int | None = None) -> None:
+        super().__init__(message)
+        self.rank = rank
+        self.step = step

@@ -1,0 +1,190 @@
+"""The tensors that live between denoiser calls: the only ones, each owned by one request and named by its site."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Hashable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from distrifusion.exchange.transport import Message, Pending, Transport
+from distrifusion.plan import SiteKind
+
+PARCEL_BYTES = 256 * 1024
+_ALIGNMENT = 16
+
+
+def tag_of(name: str) -> int:
+    """The message tag of a site: the same on every rank, whatever ran before."""
+    return zlib.crc32(name.encode()) & 0x7FFFFFFF
+
+
+class Posted:
+    """Something that is sent once a call and has arrived by the next one."""
+
+    def __init__(self) -> None:
+        self._pending: Pending | None = None
+
+    def settle(self) -> None:
+        """Wait for what was posted; afterwards the tensors may be read and written."""
+        if self._pending is not None:
+            self._pending.wait()
+            self._pending = None
+
+    def messages(self) -> tuple[list[Message], list[Message]]:
+        """What to send and what to receive."""
+        raise NotImplementedError
+
+    def post(self, transport: Transport) -> int:
+        """Send and receive without waiting; returns the bytes sent."""
+        sends, receives = self.messages()
+        self._pending = transport.post(sends, receives)
+        return sum(message.tensor.nbytes for message in sends)
+
+
+class GatherBuffer(Posted):
+    """Everybody's tokens of one site in one tensor [L, B, P, C] that attention reads in place.
+
+    L tokens of all owners in band order, B batch, P pieces that travel together (key and value), C channels.
+    """
+
+    def __init__(self, name: str, buffer: torch.Tensor, lengths: tuple[int, ...], team: tuple[int, ...], index: int):
+        super().__init__()
+        self.buffer = buffer
+        self.parts = dict(zip(team, buffer.split(list(lengths)), strict=True))
+        self.rank = team[index]
+        self.tag = tag_of(name)
+
+    def write(self, pieces: Iterable[torch.Tensor]) -> None:
+        """Put this rank's fresh pieces [B, L_own, C] into their place."""
+        own = self.parts[self.rank]
+        for i, piece in enumerate(pieces):
+            own[:, :, i].copy_(piece.transpose(0, 1))
+
+    def read(self) -> tuple[torch.Tensor, ...]:
+        """Each piece of everybody, as a view [B, L, C]."""
+        return tuple(piece.transpose(0, 1) for piece in self.buffer.unbind(2))
+
+    def messages(self) -> tuple[list[Message], list[Message]]:
+        own = self.parts[self.rank]
+        others = [(rank, part) for rank, part in self.parts.items() if rank != self.rank]
+        sends = [Message(rank, own, self.tag) for rank, _ in others if own.numel()]
+        return sends, [Message(rank, part, self.tag) for rank, part in others if part.numel()]
+
+
+@dataclass
+class Swapped:
+    """The last values that one site sent to, and received from, each peer."""
+
+    kind: SiteKind
+    outgoing: dict[int, torch.Tensor]
+    incoming: dict[int, torch.Tensor]
+    parcel: Parcel | None = None
+
+
+class Parcel(Posted):
+    """Small values of several sites in one flat buffer per peer and direction, so that they cost one message."""
+
+    def __init__(self, sites: Mapping[str, Swapped]) -> None:
+        super().__init__()
+        self.kind_bytes: dict[SiteKind, int] = {}
+        self.tag = tag_of("parcel:" + next(iter(sites)))
+        self._sites = frozenset(sites)
+        self._written: set[str] = set()
+        for swapped in sites.values():
+            sent = sum(t.nbytes for t in swapped.outgoing.values())
+            self.kind_bytes[swapped.kind] = self.kind_bytes.get(swapped.kind, 0) + sent
+            swapped.parcel = self
+        self._outgoing = _flatten([s.outgoing for s in sites.values()])
+        self._incoming = _flatten([s.incoming for s in sites.values()])
+
+    def mark(self, site: str) -> bool:
+        """Note that a site has put its value in; True when all have."""
+        self._written.add(site)
+        return self._written == self._sites
+
+    @property
+    def started(self) -> bool:
+        """True when some value was put in since the last post."""
+        return bool(self._written)
+
+    def messages(self) -> tuple[list[Message], list[Message]]:
+        sends = [Message(peer, flat, self.tag) for peer, flat in self._outgoing.items()]
+        return sends, [Message(peer, flat, self.tag) for peer, flat in self._incoming.items()]
+
+    def post(self, transport: Transport) -> int:
+        self._written.clear()
+        return super().post(transport)
+
+
+def _flatten(groups: list[dict[int, torch.Tensor]]) -> dict[int, torch.Tensor]:
+    """Move the tensors of every peer into one flat byte buffer, replacing each by its view there."""
+    flats = {}
+    for peer in sorted({peer for group in groups for peer in group}):
+        tensors = [group[peer] for group in groups if peer in group]
+        padded = [-(-t.nbytes // _ALIGNMENT) * _ALIGNMENT for t in tensors]
+        flats[peer] = torch.zeros(sum(padded), dtype=torch.uint8, device=tensors[0].device)
+        pieces = iter(flats[peer].split(padded))
+        for group in groups:
+            if peer in group:
+                old = group[peer]
+                group[peer] = next(pieces)[: old.nbytes].view(old.dtype).view(old.shape)
+                group[peer].copy_(old)
+    return flats
+
+
+@dataclass
+class CallState:
+    """What one request keeps for one slot: the values of the last call, and how many calls there were."""
+
+    calls: int = 0
+    gathers: dict[str, GatherBuffer] = field(default_factory=dict)
+    swaps: dict[str, Swapped] = field(default_factory=dict)
+
+    def pack(self) -> None:
+        """Put small values that still stand alone into parcels; names, not this order, say later which is which."""
+        group: dict[str, Swapped] = {}
+        size = 0
+        for name, swapped in self.swaps.items():
+            if swapped.parcel is None:
+                group[name] = swapped
+                size += sum(t.nbytes for t in swapped.outgoing.values())
+            if size >= PARCEL_BYTES:
+                Parcel(group)
+                group, size = {}, 0
+        if group:
+            Parcel(group)
+
+    def posted(self) -> Iterator[Posted]:
+        """Everything that can be under way."""
+        yield from self.gathers.values()
+        yield from {id(s.parcel): s.parcel for s in self.swaps.values() if s.parcel is not None}.values()
+
+
+class Pool:
+    """Call states by request, slot and shape; a request's states end with it."""
+
+    def __init__(self) -> None:
+        self._states: dict[Hashable, dict[Hashable, CallState]] = {}
+
+    def state(self, request: Hashable, slot: Hashable) -> CallState:
+        """The state of a request's slot, new if there was none."""
+        return self._states.setdefault(request, {}).setdefault(slot, CallState())
+
+    def close(self, request: Hashable) -> None:
+        """Wait for what a request still has under way and forget it. Every rank calls it."""
+        for state in self._states.pop(request, {}).values():
+            for posted in state.posted():
+                posted.settle()
+
+    @property
+    def num_requests(self) -> int:
+        """Requests that hold tensors now."""
+        return len(self._states)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the gather buffers held now."""
+        states = (state for slots in self._states.values() for state in slots.values())
+        return sum(gather.buffer.nbytes for state in states for gather in state.gathers.values())

@@ -1,0 +1,168 @@
+"""Putting a plan on a diffusers pipeline in place, and taking it off again."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from diffusers import DiffusionPipeline
+from torch.distributed.device_mesh import DeviceMesh
+
+from distrifusion.denoiser import ParallelDenoiser
+from distrifusion.errors import ConfigError, UnsupportedModel
+from distrifusion.exchange.transport import ProcessGroupTransport, Transport
+from distrifusion.plan import Plan
+
+_HANDLE = "_distrifusion"
+
+
+def parallelize(
+    pipe: DiffusionPipeline, plan: Plan | str, mesh: DeviceMesh | Transport | None = None
+) -> DiffusionPipeline:
+    """Divide the denoiser of a diffusers pipeline over the ranks of a plan, in place (DistriFusion, arXiv 2402.19481).
+
+    Afterwards every rank calls the pipeline with the same arguments and gets the same result. Random numbers follow
+    rank 0: its global generators and the generators passed to the call are copied to the others at the start of a run.
+
+    Args:
+        pipe: an unmodified pipeline with a `unet` (SDXL, SD 1.x, SD 2.x); it stays of its class, parameters keep
+            their names. It is on this rank's device already.
+        plan: a Plan or its text, such as "cfg2.patch2.displaced.w4".
+        mesh: the ranks. None: the default process group, initialised by the caller. A one-dimensional DeviceMesh: its
+            group. A Transport: messages of the caller's own making.
+
+    Returns:
+        The same pipeline.
+
+    Raises:
+        PlanError: if the plan is unknown or does not fit the number of ranks.
+        UnsupportedModel: if the denoiser has a layer for which there is no rule; the layer is named.
+        ConfigError: if the pipeline is parallelized already or no process group is initialised.
+
+    Every rank calls it.
+    """
+    plan = Plan.parse(plan)
+    if hasattr(pipe, _HANDLE):
+        raise ConfigError("this pipeline is parallelized already; call unparallelize(pipe) first")
+    model = getattr(pipe, "unet", None)
+    if model is None:
+        raise UnsupportedModel(f"{type(pipe).__name__} has no unet; only U-Net pipelines can be parallelized")
+    transport = _transport(plan, mesh)
+    plan.check_devices(transport.world_size)
+    denoiser = ParallelDenoiser(model, plan, transport)
+    denoiser.attach()
+    setattr(pipe, _HANDLE, denoiser)
+    pipe.__class__ = _parallel_class(type(pipe))
+    return pipe
+
+
+def unparallelize(pipe: DiffusionPipeline) -> DiffusionPipeline:
+    """Restore a pipeline to what it was before `parallelize`, bit for bit.
+
+    Raises:
+        ConfigError: if the pipeline is not parallelized.
+    """
+    denoiser_of(pipe).detach()
+    delattr(pipe, _HANDLE)
+    pipe.__class__ = type(pipe).__mro__[1]
+    return pipe
+
+
+def denoiser_of(pipe: DiffusionPipeline) -> ParallelDenoiser:
+    """The parallel denoiser of a parallelized pipeline (byte counts, pool, plan).
+
+    Raises:
+        ConfigError: if the pipeline is not parallelized.
+    """
+    denoiser = getattr(pipe, _HANDLE, None)
+    if denoiser is None:
+        raise ConfigError("this pipeline is not parallelized; call parallelize(pipe, plan) first")
+    return denoiser
+
+
+def _transport(plan: Plan, mesh: DeviceMesh | Transport | None) -> Transport:
+    if isinstance(mesh, DeviceMesh):
+        return ProcessGroupTransport(mesh.get_group())
+    if mesh is not None:
+        return mesh
+    if dist.is_initialized():
+        return ProcessGroupTransport()
+    if plan.num_ranks > 1:
+        raise ConfigError(
+            f"plan '{plan}' needs {plan.num_ranks} ranks and no process group is initialised; call "
+            "torch.distributed.init_process_group() first, or use distrifusion.load(), which starts the ranks itself"
+        )
+    return SingleTransport()
+
+
+class SingleTransport:
+    """One rank alone: there is nobody to send to."""
+
+    rank = 0
+    world_size = 1
+
+    def post(self, sends: Any, receives: Any) -> Any:
+        raise AssertionError("one rank has no peers")
+
+    def broadcast(self, value: Any) -> Any:
+        return value
+
+
+def _parallel_class(base: type[DiffusionPipeline]) -> type[DiffusionPipeline]:
+    """A subclass under the same name whose calls are requests of the parallel denoiser."""
+
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with _request(self, args, kwargs):
+            return base.__call__(self, *args, **kwargs)
+
+    names = {"__call__": __call__, "__module__": base.__module__, "__qualname__": base.__qualname__}
+    __call__.__doc__, __call__.__wrapped__ = base.__call__.__doc__, base.__call__  # type: ignore[attr-defined]
+    return type(base.__name__, (base,), names)
+
+
+_requests = itertools.count()
+
+
+@contextmanager
+def _request(pipe: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
+    """One run of the pipeline: agreed random numbers, one request, the scheduler's steps counted."""
+    denoiser = denoiser_of(pipe)
+    denoiser.refresh()
+    agree_on_randomness(denoiser.exchange.transport, pipe.device, _generators(args, kwargs))
+    scheduler, step = pipe.scheduler, pipe.scheduler.step
+
+    def next_slot(*step_args: Any, **step_kwargs: Any) -> Any:
+        denoiser.slot = 0
+        return step(*step_args, **step_kwargs)
+
+    denoiser.open(next(_requests))
+    scheduler.step = next_slot
+    try:
+        yield
+    finally:
+        del scheduler.step
+        denoiser.close()
+
+
+def _generators(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Generator]:
+    found: list[torch.Generator] = []
+    for value in (*args, *kwargs.values()):
+        found += [g for g in (value if isinstance(value, list | tuple) else [value]) if isinstance(g, torch.Generator)]
+    return found
+
+
+def agree_on_randomness(transport: Transport, device: torch.device, generators: list[torch.Generator]) -> None:
+    """Copy rank 0's random state to the other ranks: the global generators and those given. Every rank calls it."""
+    if transport.world_size == 1:
+        return
+    accessors: list[tuple[Callable[[], Any], Callable[[Any], Any]]] = [(torch.get_rng_state, torch.set_rng_state)]
+    if device.type == "cuda":
+        accessors.append((lambda: torch.cuda.get_rng_state(device), lambda s: torch.cuda.set_rng_state(s, device)))
+    accessors += [(g.get_state, g.set_state) for g in generators]
+    states = transport.broadcast([get() for get, _ in accessors])
+    for (_, put), state in zip(accessors, states, strict=True):
+        put(state)

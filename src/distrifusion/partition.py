@@ -1,0 +1,93 @@
+"""Rows (or columns) of every resolution level to one interval per rank, uneven where they must be."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+from math import ceil
+
+from distrifusion.plan import Split
+
+
+@dataclass(frozen=True)
+class Interval:
+    """The half-open range start <= i < stop."""
+
+    start: int
+    stop: int
+
+    def __len__(self) -> int:
+        return max(0, self.stop - self.start)
+
+    def __and__(self, other: Interval) -> Interval:
+        start = max(self.start, other.start)
+        return Interval(start, max(start, min(self.stop, other.stop)))
+
+
+def split_evenly(total: int, parts: int) -> tuple[Interval, ...]:
+    """Cut 0..total into contiguous intervals whose lengths differ by at most one, the longer ones first."""
+    short, extra = divmod(total, parts)
+    edges = [i * short + min(i, extra) for i in range(parts + 1)]
+    return tuple(Interval(a, b) for a, b in pairwise(edges))
+
+
+@dataclass(frozen=True)
+class Level:
+    """One resolution of the network and who owns which part of it.
+
+    Attributes:
+        height, width: full size of the level.
+        split: direction of the cut.
+        bands: one interval per band owner along the cut, or None if every owner holds the whole level.
+    """
+
+    height: int
+    width: int
+    split: Split
+    bands: tuple[Interval, ...] | None
+
+    @property
+    def size(self) -> int:
+        """Length along the cut."""
+        return self.height if self.split is Split.ROWS else self.width
+
+    @property
+    def across(self) -> int:
+        """Length across the cut."""
+        return self.width if self.split is Split.ROWS else self.height
+
+    def band_shape(self, index: int) -> tuple[int, int]:
+        """Height and width of one owner's part."""
+        length = len(self.bands[index]) if self.bands else self.size
+        return (length, self.width) if self.split is Split.ROWS else (self.height, length)
+
+
+@lru_cache(maxsize=256)
+def partition_levels(height: int, width: int, num_levels: int, num_bands: int, split: Split) -> tuple[Level, ...]:
+    """Give every level of a network that halves its resolution `num_levels - 1` times one band per owner.
+
+    Cuts lie on the grid of the coarsest level that has a row for every owner, so halving never crosses a cut above it;
+    levels coarser than that are held whole by every owner (`bands` is None). If even the finest level is too small,
+    all levels are whole.
+
+    Args:
+        height, width: size of the finest level, at least 1.
+        num_levels: number of resolutions, at least 1; each is half the one before, rounded up.
+        num_bands: number of owners, at least 1.
+        split: direction of the cut.
+    """
+    shapes = [(ceil(height / 2**i), ceil(width / 2**i)) for i in range(num_levels)]
+    sizes = [h if split is Split.ROWS else w for h, w in shapes]
+    coarsest = max((i for i, size in enumerate(sizes) if size >= num_bands), default=-1)
+    units = split_evenly(sizes[coarsest], num_bands) if coarsest >= 0 else ()
+    levels = []
+    for i, (h, w) in enumerate(shapes):
+        bands = _scale(units, 2 ** (coarsest - i), sizes[i]) if i <= coarsest else None
+        levels.append(Level(h, w, split, bands))
+    return tuple(levels)
+
+
+def _scale(units: Sequence[Interval], factor: int, size: int) -> tuple[Interval, ...]:
+    return tuple(Interval(u.start * factor, min(u.stop * factor, size)) for u in units)

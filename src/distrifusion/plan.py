@@ -1,0 +1,176 @@
+"""What to do on which devices: the plan, its text form, and the one table of what is legal."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from dataclasses import dataclass
+from enum import StrEnum
+
+from distrifusion.errors import PlanError
+
+
+class SiteKind(StrEnum):
+    """What an exchange inside a layer carries; the policy fresh or stale is chosen for each kind."""
+
+    KV = "kv"
+    HALO = "halo"
+    NORM = "norm"
+
+
+class Split(StrEnum):
+    """The direction in which the picture is cut into bands."""
+
+    ROWS = "rows"
+    COLUMNS = "columns"
+
+
+ALL_KINDS = frozenset(SiteKind)
+DEFAULT_WARMUP = 4
+
+_DEGREE = re.compile(r"(cfg|patch)(\d+)")
+_WARMUP = re.compile(r"w(\d+)")
+_POLICY_WORDS = ("sync", "displaced")
+_WORDS = ("cfg<N>", "patch<N>", *Split, *_POLICY_WORDS, *SiteKind, "all", "w<N>")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one denoiser call is divided over ranks, and which activations may be one call old.
+
+    The text form joins words with dots: `cfg2.patch4.displaced.w4`. Words: `cfg<N>` and `patch<N>` (degrees), `rows`
+    or `columns` (direction of the bands), `sync` or `displaced` (DistriFusion, arXiv 2402.19481), after `displaced`
+    the kinds that may be stale (`kv`, `halo`, `norm`; `all`, the published form, if none is named), and `w<N>`.
+
+    Attributes:
+        cfg: ranks over which the branches of classifier-free guidance are spread; 1 or 2.
+        patch: bands into which the picture is cut, one per rank; at least 1.
+        split: direction of the cut.
+        stale: kinds of site that use the last call's remote values; empty means synchronous and exact.
+        warmup: denoiser calls after the first that stay synchronous; the first has nothing stale to use, so `w4`
+            means five synchronous calls, as in the paper. Without effect when `stale` is empty.
+
+    Raises:
+        PlanError: on a value out of range or without effect.
+    """
+
+    cfg: int = 1
+    patch: int = 1
+    split: Split = Split.ROWS
+    stale: frozenset[SiteKind] = frozenset()
+    warmup: int = DEFAULT_WARMUP
+
+    def __post_init__(self) -> None:
+        if self.cfg not in (1, 2):
+            raise PlanError(f"cfg{self.cfg}: guidance has two branches, so the degree is cfg1 or cfg2")
+        if self.patch < 1:
+            raise PlanError(f"patch{self.patch}: the number of bands is at least 1; use patch1 for no split")
+        if self.warmup < 0:
+            raise PlanError(f"w{self.warmup}: the number of warm-up calls is at least 0")
+        if self.stale and self.patch == 1:
+            raise PlanError("displaced needs at least two bands to have an effect; add patch2 or drop displaced")
+
+    @property
+    def num_ranks(self) -> int:
+        """Number of ranks the plan occupies."""
+        return self.cfg * self.patch
+
+    @property
+    def exact(self) -> bool:
+        """True when the result equals one device to rounding."""
+        return not self.stale
+
+    def __str__(self) -> str:
+        words = [f"cfg{self.cfg}"] if self.cfg > 1 else []
+        if self.patch > 1 or not words:
+            words.append(f"patch{self.patch}")
+        if self.split is not Split.ROWS:
+            words.append(str(self.split))
+        if self.stale:
+            words.append("displaced")
+            if self.stale != ALL_KINDS:
+                words += [str(kind) for kind in SiteKind if kind in self.stale]
+            words.append(f"w{self.warmup}")
+        return ".".join(words)
+
+    @classmethod
+    def parse(cls, text: str | Plan) -> Plan:
+        """Read a plan from its text form; a Plan is returned as it is.
+
+        Raises:
+            PlanError: on an unknown, repeated or clashing word; the word and the remedy are named.
+        """
+        if isinstance(text, Plan):
+            return text
+        if not isinstance(text, str):
+            raise PlanError(f"a plan is text such as 'cfg2.patch2' or a Plan, not {type(text).__name__}")
+        return _parse(text)
+
+    @classmethod
+    def default(cls, num_ranks: int) -> Plan:
+        """The exact plan for a number of ranks: guidance branches first, then bands."""
+        if num_ranks < 1:
+            raise PlanError(f"{num_ranks} ranks: at least one device is needed")
+        return cls(cfg=2, patch=num_ranks // 2) if num_ranks % 2 == 0 else cls(patch=num_ranks)
+
+    def nearest(self, num_ranks: int) -> Plan:
+        """The legal plan for exactly `num_ranks` ranks that keeps most of this one's words."""
+        cfg = self.cfg if num_ranks % self.cfg == 0 else 1
+        patch = num_ranks // cfg
+        stale = self.stale if patch > 1 else frozenset()
+        return Plan(cfg=cfg, patch=patch, split=self.split, stale=stale, warmup=self.warmup)
+
+    def check_devices(self, num_devices: int) -> None:
+        """Check that the plan occupies exactly the devices given.
+
+        Raises:
+            PlanError: if it does not; the nearest legal plan is named.
+        """
+        if num_devices < 1:
+            raise PlanError(f"{num_devices} devices: at least one is needed")
+        if self.num_ranks != num_devices:
+            raise PlanError(
+                f"plan '{self}' needs {self.num_ranks} devices and {num_devices} are given; "
+                f"the nearest plan for {num_devices} is '{self.nearest(num_devices)}'"
+            )
+
+
+def _parse(text: str) -> Plan:
+    found: dict[str, object] = {}
+    kinds: set[SiteKind] = set()
+
+    def put(key: str, value: object, word: str) -> None:
+        if key in found:
+            raise PlanError(f"plan '{text}': '{word}' says {key} a second time; keep one")
+        found[key] = value
+
+    for word in text.strip().lower().split("."):
+        if match := _DEGREE.fullmatch(word):
+            put(match[1], int(match[2]), word)
+        elif match := _WARMUP.fullmatch(word):
+            put("warmup", int(match[1]), word)
+        elif word in tuple(Split):
+            put("split", Split(word), word)
+        elif word in _POLICY_WORDS:
+            put("policy", word, word)
+        elif word == "all":
+            kinds |= ALL_KINDS
+        elif word in tuple(SiteKind):
+            kinds.add(SiteKind(word))
+        else:
+            raise PlanError(_unknown_word(text, word))
+    displaced = found.pop("policy", "sync") == "displaced"
+    for word in sorted(kinds) if not displaced else ():
+        raise PlanError(f"plan '{text}': '{word}' says what may be stale, which needs the word 'displaced'")
+    if "warmup" in found and not displaced:
+        raise PlanError(f"plan '{text}': 'w{found['warmup']}' has an effect only with the word 'displaced'")
+    stale = frozenset(kinds or ALL_KINDS) if displaced else frozenset()
+    return Plan(stale=stale, **found)  # type: ignore[arg-type]
+
+
+def _unknown_word(text: str, word: str) -> str:
+    stem = re.sub(r"\d+$", "", word)
+    known = {"cfg": "cfg2", "patch": "patch2", "w": "w4", **{w: w for w in (*Split, *_POLICY_WORDS, *SiteKind, "all")}}
+    near = difflib.get_close_matches(stem, known, n=1)
+    hint = f"did you mean '{known[near[0]]}'? " if near else ""
+    return f"plan '{text}': unknown word '{word}'; {hint}the words are {', '.join(_WORDS)}"

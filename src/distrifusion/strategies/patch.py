@@ -1,0 +1,223 @@
+"""Patch parallelism (DistriFusion, arXiv 2402.19481): each rank computes one band of the picture at every layer.
+
+Synchronous, the layers exchange what they lack within the call and the result equals one device to rounding.
+Displaced, they use what the other ranks computed in the last call; which of the two is the exchange's policy, not ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from distrifusion.anatomy.base import AttentionSite, ConvSite, EntrySite, NormSite, Site, UpsampleSite
+from distrifusion.errors import UnsupportedModel
+from distrifusion.exchange.verbs import Exchange, Gathered
+from distrifusion.partition import Interval, Level
+from distrifusion.plan import SiteKind, Split
+from distrifusion.strategies.attach import Attachment
+from distrifusion.strategies.moments import corrected_moments, local_moments, merge_moments, normalise
+
+Forward = Callable[..., torch.Tensor]
+
+
+@dataclass(frozen=True)
+class PatchStep:
+    """What a layer must know of the denoiser call it is in.
+
+    Attributes:
+        levels: every resolution with its bands.
+        index: the band that this rank owns.
+        entry: the model's input [B, C, H, W], all rows: the first convolution cuts its own halo from it.
+    """
+
+    levels: tuple[Level, ...]
+    index: int
+    entry: torch.Tensor
+
+
+class PatchStrategy:
+    """Splits a denoiser's sites into bands.
+
+    A tensor that has all rows of its level needs no exchange: this covers one rank, levels too coarse to cut, and the
+    way between those and the cut ones.
+    """
+
+    def __init__(self, exchange: Exchange, split: Split) -> None:
+        self._exchange = exchange
+        self._dim = 2 if split is Split.ROWS else 3
+        self._step: PatchStep | None = None
+
+    def attach(self, sites: list[Site], attachment: Attachment) -> None:
+        """Replace the forward of every site."""
+        for site in sites:
+            match site:
+                case EntrySite():
+                    attachment.replace(site.module, partial(partial, self._entry, site))
+                case ConvSite():
+                    attachment.replace(site.module, partial(partial, self._conv, site))
+                case NormSite():
+                    attachment.replace(site.module, partial(partial, self._norm, site))
+                case UpsampleSite():
+                    attachment.replace(site.module, partial(partial, self._upsample, site))
+                case AttentionSite():
+                    _BandAttention(self, site).attach(attachment)
+                case _:
+                    raise UnsupportedModel(f"layer '{site.name}': patch parallelism has no rule for {type(site)}")
+
+    def begin(self, step: PatchStep) -> None:
+        """Set the call that the layers are in."""
+        self._step = step
+
+    def cut(self, x: torch.Tensor) -> torch.Tensor:
+        """This rank's band of a tensor [B, C, h, w] that has all rows of one level."""
+        level = next((level for level in self.step.levels if (level.height, level.width) == tuple(x.shape[2:])), None)
+        if level is None:
+            raise UnsupportedModel(f"a residual of size {tuple(x.shape[2:])} matches no resolution of the model")
+        return self._rows(x, level.bands[self.step.index]) if level.bands else x
+
+    @property
+    def step(self) -> PatchStep:
+        """The call that the layers are in."""
+        assert self._step is not None, "a split layer ran outside a denoiser call"
+        return self._step
+
+    def is_whole(self, length: int, level: Level) -> bool:
+        """Whether a tensor of this length along the cut has all rows of its level."""
+        return level.bands is None or length == level.size
+
+    def gather(
+        self, site: Site, pieces: tuple[torch.Tensor, ...], kind: SiteKind | None, per_row: int | None = None
+    ) -> Gathered:
+        """Start gathering tensors [B, L_own, C] of every band.
+
+        Args:
+            site: the asking layer.
+            pieces: this rank's tensors, cut along L.
+            kind: what they are; None for values that are always fresh.
+            per_row: entries of L for each row of the cut; None for one per position.
+        """
+        level = self.step.levels[site.level]
+        assert level.bands is not None
+        tokens = level.across if per_row is None else per_row
+        return self._exchange.gather(site.name, kind, pieces, tuple(len(band) * tokens for band in level.bands))
+
+    def _rows(self, x: torch.Tensor, band: Interval) -> torch.Tensor:
+        return x.narrow(self._dim, band.start, len(band))
+
+    def _entry(self, site: Site, forward: Forward, x: torch.Tensor) -> torch.Tensor:
+        level = self.step.levels[site.level]
+        if self.is_whole(x.shape[self._dim], level):
+            return forward(x)
+        assert level.bands is not None and isinstance(site.module, nn.Conv2d)
+        want = _input_rows(site.module, self._dim, level.bands[self.step.index])
+        inside = self._rows(self.step.entry, want & Interval(0, level.size))
+        edges = (max(0, -want.start), max(0, want.stop - level.size))
+        padding = (0, 0, *edges) if self._dim == 2 else edges
+        return _conv_without_padding(site.module, self._dim, F.pad(inside, padding))
+
+    def _conv(self, site: Site, forward: Forward, x: torch.Tensor) -> torch.Tensor:
+        level, level_out = self.step.levels[site.level], self.step.levels[site.level_out]
+        if self.is_whole(x.shape[self._dim], level):
+            return forward(x)
+        if level_out.bands is None:
+            return forward(self._gather_rows(site, x, level))
+        assert level.bands is not None and isinstance(site.module, nn.Conv2d)
+        wants = [_input_rows(site.module, self._dim, band) for band in level_out.bands]
+        extended = self._exchange.halo(site.name, x, self._dim, level.bands, wants)
+        return _conv_without_padding(site.module, self._dim, extended)
+
+    def _gather_rows(self, site: Site, x: torch.Tensor, level: Level) -> torch.Tensor:
+        """All rows, always fresh: from here on the levels are too coarse to cut."""
+        first = x.movedim(self._dim, 1)
+        tokens = first.reshape(x.shape[0], first.shape[1], -1)
+        (gathered,) = self.gather(site, (tokens,), kind=None, per_row=1).wait()
+        whole = gathered.reshape(x.shape[0], level.size, *first.shape[2:])
+        return whole.movedim(1, self._dim).contiguous()
+
+    def _norm(self, site: Site, forward: Forward, x: torch.Tensor) -> torch.Tensor:
+        level = self.step.levels[site.level]
+        spatial = x.dim() == 4
+        rows = x.shape[self._dim] if spatial else x.shape[-1] // level.across
+        if self.is_whole(rows, level):
+            return forward(x)
+        assert level.bands is not None and isinstance(site.module, nn.GroupNorm)
+        own = local_moments(x, site.module.num_groups)
+        moments, previous = self._exchange.share(site.name, SiteKind.NORM, own)
+        counts = torch.tensor([float(len(band)) for band in level.bands], device=x.device)
+        if previous is None:
+            mean, variance = merge_moments(moments, counts)
+        else:
+            mean, variance = corrected_moments(moments, counts, self.step.index, previous)
+        return normalise(x, mean, variance, site.module)
+
+    def _upsample(
+        self, site: Site, forward: Forward, x: torch.Tensor, output_size: Any = None, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        """Upsample to this rank's part of the finer level, whatever size the model derived from its own part."""
+        level, level_out = self.step.levels[site.level], self.step.levels[site.level_out]
+        if not self.is_whole(x.shape[self._dim], level):
+            return forward(x, level_out.band_shape(self.step.index), *args, **kwargs)
+        whole = forward(x, (level_out.height, level_out.width), *args, **kwargs)
+        return self._rows(whole, level_out.bands[self.step.index]) if level_out.bands else whole
+
+
+class _BandAttention:
+    """Self-attention of the own band's queries over everybody's keys and values.
+
+    The attention's own code runs on: only its projections answer for all bands. Keys and values travel together, and
+    start before the queries are computed.
+    """
+
+    def __init__(self, strategy: PatchStrategy, site: Site) -> None:
+        self._strategy = strategy
+        self._site = site
+        self._hidden: torch.Tensor | None = None
+        self._gathered: Gathered | None = None
+
+    def attach(self, attachment: Attachment) -> None:
+        attention: Any = self._site.module
+        key, value = attention.to_k.forward, attention.to_v.forward
+        attachment.replace(attention.to_q, partial(partial, self._query, key, value))
+        attachment.replace(attention.to_k, partial(partial, self._read, 0))
+        attachment.replace(attention.to_v, partial(partial, self._read, 1))
+
+    def _query(self, key: Forward, value: Forward, query: Forward, hidden: torch.Tensor, *args: Any) -> torch.Tensor:
+        level = self._strategy.step.levels[self._site.level]
+        if self._strategy.is_whole(hidden.shape[1] // level.across, level):
+            self._gathered = None
+        else:
+            self._hidden = hidden
+            pieces = (key(hidden, *args), value(hidden, *args))
+            self._gathered = self._strategy.gather(self._site, pieces, SiteKind.KV)
+        return query(hidden, *args)
+
+    def _read(self, piece: int, forward: Forward, hidden: torch.Tensor, *args: Any) -> torch.Tensor:
+        if self._gathered is None:
+            return forward(hidden, *args)
+        if hidden is not self._hidden:
+            raise UnsupportedModel(f"layer '{self._site.name}' attends to other states than its own; it has no rule")
+        result = self._gathered.wait()[piece]
+        if piece == 1:
+            self._gathered = self._hidden = None
+        return result
+
+
+def _input_rows(conv: nn.Conv2d, dim: int, out: Interval) -> Interval:
+    """The input rows, edges beyond the picture included, that a convolution needs for the output rows given."""
+    axis = dim - 2
+    kernel, stride, dilation = conv.kernel_size[axis], conv.stride[axis], conv.dilation[axis]
+    start = out.start * stride - int(conv.padding[axis])
+    return Interval(start, start + (len(out) - 1) * stride + dilation * (kernel - 1) + 1)
+
+
+def _conv_without_padding(conv: nn.Conv2d, dim: int, x: torch.Tensor) -> torch.Tensor:
+    """A convolution whose padding along the cut is already part of x."""
+    padding = [int(p) for p in conv.padding]
+    padding[dim - 2] = 0
+    return F.conv2d(x, conv.weight, conv.bias, conv.stride, padding, conv.dilation, conv.groups)

@@ -1,0 +1,82 @@
+"""Tiny models of the true classes, with weights perturbed so that no zero-initialised layer hides an error."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from diffusers import UNet2DConditionModel
+
+
+def perturb(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    """Replace every parameter that is constant by noise, so that each layer matters."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
+            parameter.add_((0.1 * noise).to(parameter.dtype))
+    return model.eval()
+
+
+def sdxl_unet(**overrides: object) -> UNet2DConditionModel:
+    """SDXL's block types in small: three levels, text_time embedding, linear projections."""
+    torch.manual_seed(0)
+    config: dict[str, object] = {
+        "sample_size": 32,
+        "in_channels": 4,
+        "out_channels": 4,
+        "block_out_channels": (16, 32, 32),
+        "layers_per_block": 1,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "transformer_layers_per_block": (1, 1, 2),
+        "attention_head_dim": (2, 4, 4),
+        "norm_num_groups": 8,
+        "cross_attention_dim": 24,
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 16 + 6 * 8,
+    }
+    return perturb(UNet2DConditionModel(**{**config, **overrides}))
+
+
+def sd_unet(**overrides: object) -> UNet2DConditionModel:
+    """SD 1.x's block types in small: four levels, convolutional projections."""
+    torch.manual_seed(1)
+    config: dict[str, object] = {
+        "sample_size": 32,
+        "block_out_channels": (16, 16, 32, 32),
+        "layers_per_block": 1,
+        "attention_head_dim": 4,
+        "norm_num_groups": 8,
+        "cross_attention_dim": 24,
+    }
+    return perturb(UNet2DConditionModel(**{**config, **overrides}))
+
+
+def unet_inputs(unet: UNet2DConditionModel, batch: int, height: int, width: int, seed: int = 3) -> dict[str, object]:
+    """Random arguments for one call: latents [batch, 4, height, width]."""
+    g = torch.Generator().manual_seed(seed)
+    dtype = unet.dtype
+    inputs: dict[str, object] = {
+        "sample": torch.randn(batch, 4, height, width, generator=g).to(dtype),
+        "timestep": torch.tensor(500),
+        "encoder_hidden_states": torch.randn(batch, 7, 24, generator=g).to(dtype),
+    }
+    if unet.config.addition_embed_type == "text_time":
+        added = {"text_embeds": torch.randn(batch, 16, generator=g).to(dtype), "time_ids": torch.ones(batch, 6)}
+        inputs["added_cond_kwargs"] = added
+    return inputs
+
+
+def share_weights(model: torch.nn.Module) -> torch.nn.Module:
+    """A copy of the modules that holds the same parameter tensors."""
+    memo = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, memo)
+
+
+def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:
+    """Relative L2 distance, in double precision."""
+    value, reference = value.double(), reference.double()
+    return ((value - reference).norm() / reference.norm()).item()

@@ -11,7 +11,7 @@ import torch
 from distrifusion.exchange.transport import Message, Pending, Transport
 from distrifusion.plan import SiteKind
 
-PARCEL_BYTES = 256 * 1024
+PARCEL_SITES = 16
 _ALIGNMENT = 16
 
 
@@ -143,18 +143,13 @@ class CallState:
     swaps: dict[str, Swapped] = field(default_factory=dict)
 
     def pack(self) -> None:
-        """Put small values that still stand alone into parcels; names, not this order, say later which is which."""
-        group: dict[str, Swapped] = {}
-        size = 0
-        for name, swapped in self.swaps.items():
-            if swapped.parcel is None:
-                group[name] = swapped
-                size += sum(t.nbytes for t in swapped.outgoing.values())
-            if size >= PARCEL_BYTES:
-                Parcel(group)
-                group, size = {}, 0
-        if group:
-            Parcel(group)
+        """Put small values that still stand alone into parcels; names, not this order, say later which is which.
+
+        Parcels are cut by number of sites, which is the same on every rank; sizes are not.
+        """
+        alone = [(name, swapped) for name, swapped in self.swaps.items() if swapped.parcel is None]
+        for start in range(0, len(alone), PARCEL_SITES):
+            Parcel(dict(alone[start : start + PARCEL_SITES]))
 
     def posted(self) -> Iterator[Posted]:
         """Everything that can be under way."""

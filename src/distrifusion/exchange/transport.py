@@ -52,7 +52,9 @@ class ProcessGroupTransport:
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None, timeout: float = 300.0) -> None:
-        self._group = group if group is not None else dist.distributed_c10d._get_default_group()
+        group = group if group is not None else dist.group.WORLD
+        assert group is not None, "the caller has checked that a process group is initialised"
+        self._group = group
         self._timeout = timeout
         self._batched = dist.get_backend(self._group) == "nccl"
         self.rank = dist.get_rank(self._group)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from datetime import timedelta
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
 
-from distrifusion.errors import StepTimeout
+from distrifusion.errors import RankFailed, StepTimeout
 
 
 class Message(NamedTuple):
@@ -48,29 +48,29 @@ class ProcessGroupTransport:
 
     Args:
         group: the ranks of the plan; None is the default group, which must be initialised.
-        timeout: limit of every wait in seconds.
+            Its timeout is the limit of every wait.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None = None, timeout: float = 300.0) -> None:
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
         group = group if group is not None else dist.group.WORLD
         assert group is not None, "the caller has checked that a process group is initialised"
         self._group = group
-        self._timeout = timeout
         self._batched = dist.get_backend(self._group) == "nccl"
         self.rank = dist.get_rank(self._group)
         self.world_size = dist.get_world_size(self._group)
 
     def post(self, sends: Sequence[Message], receives: Sequence[Message]) -> Pending:
         # Receives first: gloo's sends complete only against a posted receive.
-        group = self._group
-        if self._batched:
-            ops = [dist.P2POp(dist.irecv, m.tensor, group=group, tag=m.tag, group_peer=m.peer) for m in receives]
-            ops += [dist.P2POp(dist.isend, m.tensor, group=group, tag=m.tag, group_peer=m.peer) for m in sends]
-            works: list[dist.Work | None] = [*dist.batch_isend_irecv(ops)] if ops else []
-        else:
-            works = [dist.irecv(m.tensor, group=group, tag=m.tag, group_src=m.peer) for m in receives]
-            works += [dist.isend(m.tensor, group=group, tag=m.tag, group_dst=m.peer) for m in sends]
-        return _Works([work for work in works if work is not None], self._timeout, self.rank)
+        ops = [(dist.irecv, "group_src", message) for message in receives]
+        ops += [(dist.isend, "group_dst", message) for message in sends]
+        works: list[tuple[dist.Work | None, int | None]]
+        with _typed_errors(self.rank, None):
+            if self._batched:
+                p2p = [dist.P2POp(op, m.tensor, group=self._group, tag=m.tag, group_peer=m.peer) for op, _, m in ops]
+                works = [(work, None) for work in dist.batch_isend_irecv(p2p)] if p2p else []
+            else:
+                works = [(op(m.tensor, group=self._group, tag=m.tag, **{side: m.peer}), m.peer) for op, side, m in ops]
+        return _Works(works, self.rank)
 
     def broadcast(self, value: Any) -> Any:
         box = [value]
@@ -81,15 +81,25 @@ class ProcessGroupTransport:
 class _Works:
     """Handles of posted messages. They are kept until waited for: a dropped gloo handle cancels its message."""
 
-    def __init__(self, works: list[dist.Work], timeout: float, rank: int) -> None:
+    def __init__(self, works: list[tuple[dist.Work | None, int | None]], rank: int) -> None:
         self._works = works
-        self._timeout = timeout
         self._rank = rank
 
     def wait(self) -> None:
-        for work in self._works:
-            try:
-                work.wait(timedelta(seconds=self._timeout))
-            except RuntimeError as error:
-                raise StepTimeout(f"rank {self._rank}: no answer from a peer: {error}", rank=self._rank) from error
+        for work, peer in self._works:
+            assert work is not None, "this rank is in its own group"
+            with _typed_errors(self._rank, peer):
+                work.wait()
         self._works = []
+
+
+@contextmanager
+def _typed_errors(rank: int, peer: int | None) -> Iterator[None]:
+    """Say who waited for whom: a timeout is a StepTimeout, a lost connection a RankFailed."""
+    try:
+        yield
+    except RuntimeError as error:
+        whom = "a peer" if peer is None else f"rank {peer}"
+        if "timed out" in str(error).lower() or "timeout" in str(error).lower():
+            raise StepTimeout(f"rank {rank} had no answer from {whom} in time: {error}", rank=rank) from error
+        raise RankFailed(f"rank {rank} lost its connection to {whom}: {error}", rank=peer) from error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
 
@@ -61,6 +61,7 @@ class ProcessGroupTransport:
 
     def post(self, sends: Sequence[Message], receives: Sequence[Message]) -> Pending:
         # Receives first: gloo's sends complete only against a posted receive.
+        ops: list[tuple[Callable[..., Any], str, Message]]
         ops = [(dist.irecv, "group_src", message) for message in receives]
         ops += [(dist.isend, "group_dst", message) for message in sends]
         works: list[tuple[dist.Work | None, int | None]]

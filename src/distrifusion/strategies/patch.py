@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -149,7 +149,7 @@ class PatchStrategy:
         assert level.bands is not None and isinstance(site.module, nn.GroupNorm)
         own = local_moments(x, site.module.num_groups)
         moments, previous = self._exchange.share(site.name, SiteKind.NORM, own)
-        counts = torch.tensor([float(len(band)) for band in level.bands], device=x.device)
+        counts = _counts(level.bands, x.device)
         if previous is None:
             mean, variance = merge_moments(moments, counts)
         else:
@@ -206,6 +206,12 @@ class _BandAttention:
         if piece == 1:
             self._gathered = self._hidden = None
         return result
+
+
+@lru_cache(maxsize=256)
+def _counts(bands: tuple[Interval, ...], device: torch.device) -> torch.Tensor:
+    """Rows of every band, on the device once and for all: a copy per layer would make a GPU wait."""
+    return torch.tensor([float(len(band)) for band in bands], device=device)
 
 
 def _input_rows(conv: nn.Conv2d, dim: int, out: Interval) -> Interval:

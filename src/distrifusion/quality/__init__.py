@@ -1,0 +1,1 @@
+"""How much a picture changed: figures and pictures of the difference."""

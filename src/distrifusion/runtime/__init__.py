@@ -1,0 +1,1 @@
+"""Where a plan's ranks live: this process, worker processes started by `load`, or processes started by torchrun."""

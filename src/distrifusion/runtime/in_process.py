@@ -1,0 +1,129 @@
+"""A loaded pipeline whose rank is this process: one device, or one rank of torchrun."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from diffusers import DiffusionPipeline
+
+from distrifusion.errors import ConfigError
+from distrifusion.plan import Plan
+from distrifusion.runtime import attributes, source
+from distrifusion.runtime.pipeline import LoadedPipeline, tensor_inputs
+from distrifusion.runtime.timing import RunTimes, StepClock
+
+
+class InProcessPipeline(LoadedPipeline):
+    """The pipeline itself, with the interface that all loaded pipelines have."""
+
+    def __init__(
+        self,
+        pipe: DiffusionPipeline,
+        plan: Plan,
+        devices: tuple[torch.device, ...],
+        threads: int | None,
+        rank: int = 0,
+        ends_group: bool = False,
+    ) -> None:
+        super().__init__(plan, devices, threads, rank)
+        self.__dict__.update(_pipe=pipe, _ends_group=ends_group, _known=source.facts_of(pipe))
+
+    def _facts(self) -> source.PipelineFacts:
+        return self._known
+
+    def _run(self, arguments: dict[str, Any]) -> tuple[Any, RunTimes]:
+        clock = StepClock(self._pipe.device)
+        with _threads(self.threads):
+            output = self._pipe(**{**arguments, **_timed(type(self._pipe), arguments, clock)})
+        return output, clock.times()
+
+    def _get(self, name: str) -> Any:
+        return attributes.resolve(self._pipe, name)
+
+    def _set(self, name: str, value: Any) -> None:
+        attributes.replace(self._pipe, name, value)
+
+    def _end(self) -> None:
+        self.__dict__["_pipe"] = None
+        if self._ends_group:
+            dist.destroy_process_group()
+
+
+@dataclass(frozen=True)
+class TorchrunPlace:
+    """This process's place among those that torchrun started."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+
+    @classmethod
+    def of(cls, environment: Mapping[str, str]) -> TorchrunPlace | None:
+        """Read it from the environment; None where torchrun did not start this process."""
+        names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+        if any(name not in environment for name in names):
+            return None
+        rank, local_rank, world_size = (int(environment[name]) for name in names[:3])
+        return cls(rank, local_rank, world_size)
+
+    def device(self, wanted: object) -> torch.device:
+        """The device of this rank: its GPU where there are GPUs, unless the CPU is wanted.
+
+        Raises:
+            ConfigError: if there is no GPU for this rank.
+        """
+        if wanted == "cpu" or not torch.cuda.is_available():
+            if wanted == "cuda":
+                raise ConfigError("device 'cuda' was asked for and there is no CUDA here; use 'cpu'")
+            return torch.device("cpu")
+        if self.local_rank >= torch.cuda.device_count():
+            raise ConfigError(
+                f"local rank {self.local_rank} has no GPU of its own, {torch.cuda.device_count()} are here; "
+                "start fewer ranks, or say devices='cpu'"
+            )
+        return torch.device("cuda", self.local_rank)
+
+    def join(self, backend: str, device: torch.device, limit: float) -> bool:
+        """Initialise the default process group unless it is; True if this did it. Every rank calls it."""
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        if dist.is_initialized():
+            if dist.get_world_size() != self.world_size:
+                raise ConfigError(f"the process group has {dist.get_world_size()} ranks, torchrun {self.world_size}")
+            return False
+        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=limit))
+        return True
+
+
+def _timed(cls: type, arguments: Mapping[str, Any], clock: StepClock) -> dict[str, Any]:
+    """Arguments that make the pipeline tell the clock of every step, before the caller's own callback."""
+    if not source.takes_step_callback(cls):
+        return {}
+    callback = arguments.get("callback_on_step_end")
+
+    def step_ended(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> Any:
+        clock.step_ended(last=step + 1 == getattr(pipe, "num_timesteps", None))
+        return tensors if callback is None else callback(pipe, step, timestep, tensors)
+
+    names = [] if callback is None else list(tensor_inputs(arguments))
+    return {"callback_on_step_end": step_ended, "callback_on_step_end_tensor_inputs": names}
+
+
+@contextmanager
+def _threads(threads: int | None) -> Iterator[None]:
+    """CPU threads for one call; None keeps the process's own setting."""
+    if threads is None:
+        yield
+        return
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,114 @@
+"""What the caller can ask of a worker; each is pickled, sent and carried out by `worker.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from distrifusion.runtime.randomness import Streams
+from distrifusion.runtime.source import Source
+from distrifusion.runtime.timing import RunTimes
+
+
+@dataclass(frozen=True)
+class Open:
+    """Join the other ranks and open the pipeline. Answer: PipelineFacts.
+
+    Attributes:
+        device: this rank's device.
+        port: of the caller's TCPStore on this machine.
+        threads: CPU threads of this rank.
+        limit: seconds after which a collective gives up.
+        bars: this rank draws the bars of loading.
+    """
+
+    device: str
+    backend: str
+    plan: str
+    port: int
+    threads: int
+    limit: float
+    source: Source
+    bars: bool
+
+
+@dataclass(frozen=True)
+class Call:
+    """Call the pipeline. Answer: CallResult.
+
+    Attributes:
+        tensor_inputs: names of tensors the caller's `callback_on_step_end` gets, None if there is none.
+    """
+
+    arguments: Mapping[str, Any]
+    streams: Streams
+    tensor_inputs: tuple[str, ...] | None
+
+
+@dataclass(frozen=True)
+class Get:
+    """Read an attribute of the pipeline. Answer: Value, Method or Component."""
+
+    path: str
+
+
+@dataclass(frozen=True)
+class Set:
+    """Set an attribute that the pipeline has. Answer: None."""
+
+    path: str
+    value: Any
+
+
+@dataclass(frozen=True)
+class Invoke:
+    """Call a method. Answer: Value, or Same if it returned the object it belongs to."""
+
+    path: str
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    streams: Streams
+
+
+@dataclass(frozen=True)
+class Value:
+    """A plain value, copied to the caller."""
+
+    value: Any
+
+
+@dataclass(frozen=True)
+class Method:
+    """The attribute can be called."""
+
+
+@dataclass(frozen=True)
+class Component:
+    """The attribute is a module of the pipeline, which stays where it is."""
+
+    kind: str
+
+
+@dataclass(frozen=True)
+class Same:
+    """The method returned its own object."""
+
+
+@dataclass(frozen=True)
+class Randomness:
+    """Random states as a request leaves them."""
+
+    streams: Streams
+    generators: Mapping[int, torch.Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class CallResult:
+    """What a call gives: rank 0 sends all of it, other ranks only the fact that they are done."""
+
+    output: Any = None
+    randomness: Randomness | None = None
+    times: RunTimes | None = None

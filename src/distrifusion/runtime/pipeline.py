@@ -1,0 +1,154 @@
+"""What `load` returns: called like the diffusers pipeline, wherever its ranks are."""
+
+from __future__ import annotations
+
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+
+from distrifusion.errors import ConfigError
+from distrifusion.plan import Plan
+from distrifusion.runtime import call_checks
+from distrifusion.runtime.source import PipelineFacts
+from distrifusion.runtime.timing import RunTimes
+
+_REFUSED = {
+    "from_pipe": "give load a function that builds the pipeline you want",
+    "from_pretrained": "call load for another pipeline",
+    "from_single_file": "give load a function that calls it",
+    "enable_model_cpu_offload": "the ranks hold their part on their devices; leave it out",
+    "enable_sequential_cpu_offload": "the ranks hold their part on their devices; leave it out",
+    "enable_group_offload": "the ranks hold their part on their devices; leave it out",
+    "to": "load(devices=...) places the pipeline, and load(torch_dtype=...) says its dtype",
+    "cuda": "load(devices=...) places the pipeline",
+    "cpu": "load(devices=...) places the pipeline",
+}
+
+
+class LoadedPipeline(ABC):
+    """A diffusers pipeline on all its devices.
+
+    It is called like the pipeline; every other attribute and method of the pipeline is reached by its name. Calls of
+    several threads are served one after the other. Under torchrun every rank makes the same calls; otherwise there is
+    one caller, whatever the number of devices.
+
+    Attributes:
+        plan: what is divided, and how.
+        devices: one per rank.
+        threads: CPU threads of every rank, None if the process keeps its own setting.
+        rank: of this process among the callers; 0 except under torchrun.
+        last_run: times of the last call that ended, None before.
+    """
+
+    plan: Plan
+    devices: tuple[torch.device, ...]
+    threads: int | None
+    rank: int
+    last_run: RunTimes | None
+
+    def __init__(self, plan: Plan, devices: tuple[torch.device, ...], threads: int | None, rank: int) -> None:
+        own = {"plan": plan, "devices": devices, "threads": threads, "rank": rank, "last_run": None}
+        own |= {"_lock": threading.RLock(), "_calling": False, "_closed": False}
+        self.__dict__.update(own)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Draw, with the arguments of the diffusers pipeline and its output.
+
+        `callback_on_step_end` runs in the caller's process; what it changes holds on every rank.
+
+        Raises:
+            ConfigError: if an argument is unknown or cannot work; the nearest that works is named.
+            RankFailed, StepTimeout: if a rank fails alone or stands still; the next call starts the ranks anew.
+            Whatever the pipeline itself raises on every rank alike.
+        """
+        with self._turn():
+            facts = self._facts()
+            arguments = call_checks.bind(facts, args, kwargs)
+            call_checks.check(facts, arguments)
+            self.__dict__["_calling"] = True
+            try:
+                output, times = self._run(arguments)
+            finally:
+                self.__dict__["_calling"] = False
+            self.__dict__["last_run"] = times
+            return output
+
+    def close(self) -> None:
+        """End what `load` started; a second close does nothing."""
+        with self._lock:
+            if not self._closed:
+                self.__dict__["_closed"] = True
+                self._end()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else f"plan '{self.plan}' on {', '.join(map(str, self.devices))}"
+        return f"<{type(self).__name__}: {state}>"
+
+    def __getattr__(self, name: str) -> Any:
+        # Only names that are not found here; private names of Python's own protocols are not the pipeline's.
+        if name.startswith("__") or name in LoadedPipeline.__annotations__:
+            raise AttributeError(name)
+        if name in _REFUSED:
+            return _Refused(name)
+        with self._turn(within_call=True):
+            return self._get(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in LoadedPipeline.__annotations__:
+            raise AttributeError(f"{name} is chosen by load and cannot be set")
+        with self._turn(within_call=True):
+            self._set(name, value)
+
+    @contextmanager
+    def _turn(self, within_call: bool = False) -> Iterator[None]:
+        """One caller at a time; a callback may look at the pipeline that called it, but not call it again."""
+        with self._lock:
+            if self._closed:
+                raise ConfigError("this pipeline is closed; load it again")
+            if self._calling and not within_call:
+                raise ConfigError("a callback cannot call the pipeline that is calling it")
+            yield
+
+    @abstractmethod
+    def _facts(self) -> PipelineFacts: ...
+
+    @abstractmethod
+    def _run(self, arguments: dict[str, Any]) -> tuple[Any, RunTimes]: ...
+
+    @abstractmethod
+    def _get(self, name: str) -> Any: ...
+
+    @abstractmethod
+    def _set(self, name: str, value: Any) -> None: ...
+
+    @abstractmethod
+    def _end(self) -> None: ...
+
+
+class _Refused:
+    """Stands for a method that a loaded pipeline does not have; asking whether it exists is no error."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __call__(self, *_: Any, **__: Any) -> None:
+        raise ConfigError(f"{self.name} cannot be used on a loaded pipeline: {_REFUSED[self.name]}")
+
+
+def tensor_inputs(arguments: Mapping[str, Any]) -> tuple[str, ...]:
+    """Names of the tensors that the caller's `callback_on_step_end` gets, as diffusers finds them."""
+    callback = arguments["callback_on_step_end"]
+    if hasattr(callback, "tensor_inputs"):
+        return tuple(callback.tensor_inputs)
+    return tuple(arguments.get("callback_on_step_end_tensor_inputs", ("latents",)))

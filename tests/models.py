@@ -7,6 +7,10 @@ import copy
 import torch
 from diffusers import UNet2DConditionModel
 
+from distrifusion.anatomy.unet import UNetAnatomy
+from distrifusion.partition import partition_levels
+from distrifusion.plan import Plan, Split
+
 
 def perturb(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     """Replace every parameter that is constant by noise, so that each layer matters."""
@@ -55,6 +59,15 @@ def sd_unet(**overrides: object) -> UNet2DConditionModel:
     return perturb(UNet2DConditionModel(**{**config, **overrides}))
 
 
+def sd2_unet(**overrides: object) -> UNet2DConditionModel:
+    """SD 2.x's block types in small: linear projections, heads of one size, attention in fp32."""
+    heads = {"attention_head_dim": (4, 4, 8, 8), "use_linear_projection": True, "upcast_attention": True}
+    return sd_unet(**{**heads, **overrides})
+
+
+UNETS = {make.__name__: make for make in (sdxl_unet, sd_unet, sd2_unet)}
+
+
 def unet_inputs(unet: UNet2DConditionModel, batch: int, height: int, width: int, seed: int = 3) -> dict[str, object]:
     """Random arguments for one call: latents [batch, 4, height, width]."""
     g = torch.Generator().manual_seed(seed)
@@ -80,3 +93,32 @@ def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:
     """Relative L2 distance, in double precision."""
     value, reference = value.double(), reference.double()
     return ((value - reference).norm() / reference.norm()).item()
+
+
+def moved(inputs: dict[str, object], amount: float = 0.1, seed: int = 9) -> dict[str, object]:
+    """The same arguments with noise of the given size added to the latents."""
+    sample = inputs["sample"]
+    noise = torch.randn(sample.shape, generator=torch.Generator().manual_seed(seed))
+    return {**inputs, "sample": sample + (amount * noise).to(sample.dtype)}
+
+
+def to_dtype(inputs: dict[str, object], dtype: torch.dtype) -> dict[str, object]:
+    """The arguments in another floating type; integers and nested dicts are kept."""
+
+    def change(value: object) -> object:
+        if isinstance(value, dict):
+            return {key: change(item) for key, item in value.items()}
+        return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+    return {key: change(value) for key, value in inputs.items()}
+
+
+def band_by_band(unet: UNet2DConditionModel, inputs: dict[str, object], plan: Plan) -> torch.Tensor:
+    """What the bands give without any exchange: each is a small picture of its own."""
+    sample = inputs["sample"]
+    levels = partition_levels(*sample.shape[2:], UNetAnatomy().num_levels(unet), plan.patch, plan.split)
+    dim = 2 if plan.split is Split.ROWS else 3
+    bands = levels[0].bands
+    assert bands is not None, "the picture is too small to be cut"
+    parts = [{**inputs, "sample": sample.narrow(dim, band.start, len(band))} for band in bands]
+    return torch.cat([unet(**part).sample for part in parts], dim)

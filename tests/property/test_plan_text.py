@@ -1,0 +1,104 @@
+"""A plan and its text say the same, and a wrong word is named."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from distrifusion import Plan, PlanError
+from distrifusion.plan import DEFAULT_WARMUP, SiteKind, Split
+
+_KNOWN = re.compile(r"(cfg|patch|w)\d+|rows|columns|sync|displaced|kv|halo|norm|all")
+
+exact_plans = st.builds(Plan, cfg=st.sampled_from((1, 2)), patch=st.integers(1, 12), split=st.sampled_from(Split))
+displaced_plans = st.builds(
+    Plan,
+    cfg=st.sampled_from((1, 2)),
+    patch=st.integers(2, 12),
+    split=st.sampled_from(Split),
+    stale=st.frozensets(st.sampled_from(SiteKind), min_size=1),
+    warmup=st.integers(0, 60),
+)
+plans = exact_plans | displaced_plans
+words = st.text("abcdefghijklmnopqrstuvwxyz0123456789-_ ", min_size=0, max_size=12).map(str.strip)
+
+
+@given(plans)
+def test_reading_a_plans_text_gives_the_plan(plan: Plan) -> None:
+    assert Plan.parse(str(plan)) == plan
+
+
+@given(plans, st.randoms(use_true_random=False))
+def test_the_order_and_case_of_words_do_not_matter(plan: Plan, random: object) -> None:
+    shuffled = str(plan).upper().split(".")
+    random.shuffle(shuffled)
+    assert Plan.parse(".".join(shuffled)) == plan
+
+
+@given(plans, words.filter(lambda word: not _KNOWN.fullmatch(word)))
+def test_an_unknown_word_is_an_error_that_names_it(plan: Plan, word: str) -> None:
+    with pytest.raises(PlanError, match=re.escape(f"'{word}'")):
+        Plan.parse(f"{plan}.{word}")
+
+
+@given(plans)
+def test_a_degree_said_twice_is_an_error_that_names_it(plan: Plan) -> None:
+    with pytest.raises(PlanError, match="patch7"):
+        Plan.parse(f"patch7.patch7.{plan}")
+
+
+@given(st.sampled_from(("kv", "halo", "norm", "all", "w3")))
+def test_words_about_staleness_without_displaced_are_errors(word: str) -> None:
+    with pytest.raises(PlanError, match="displaced"):
+        Plan.parse(f"patch2.{word}")
+
+
+@given(plans, st.integers(1, 40))
+def test_the_nearest_plan_fits_the_devices_and_keeps_what_it_can(plan: Plan, num_ranks: int) -> None:
+    nearest = plan.nearest(num_ranks)
+    nearest.check_devices(num_ranks)
+    assert nearest.cfg == (plan.cfg if num_ranks % plan.cfg == 0 else 1)
+    assert nearest.split is plan.split
+    assert nearest.stale == (plan.stale if nearest.patch > 1 else frozenset())
+
+
+@given(plans)
+def test_a_plan_is_its_own_nearest(plan: Plan) -> None:
+    assert plan.nearest(plan.num_ranks) == plan
+
+
+@given(plans, st.integers(1, 40))
+def test_a_wrong_number_of_devices_is_an_error_that_names_a_legal_plan(plan: Plan, num_devices: int) -> None:
+    if num_devices == plan.num_ranks:
+        plan.check_devices(num_devices)
+        return
+    with pytest.raises(PlanError) as caught:
+        plan.check_devices(num_devices)
+    offered = re.findall(r"'([^']+)'", str(caught.value))[-1]
+    Plan.parse(offered).check_devices(num_devices)
+
+
+@given(st.integers(1, 64))
+def test_the_default_plan_is_exact_and_occupies_all_ranks(num_ranks: int) -> None:
+    plan = Plan.default(num_ranks)
+    assert plan.exact
+    assert plan.num_ranks == num_ranks
+
+
+@pytest.mark.parametrize(
+    "degrees",
+    [{"cfg": 0}, {"cfg": 3}, {"patch": 0}, {"patch": -2}, {"warmup": -1}, {"stale": frozenset({SiteKind.KV})}],
+    ids=str,
+)
+def test_a_value_out_of_range_or_without_effect_is_an_error(degrees: dict[str, object]) -> None:
+    with pytest.raises(PlanError):
+        Plan(**degrees)
+
+
+def test_displaced_alone_is_the_published_form() -> None:
+    published = Plan.parse("cfg2.patch4.displaced")
+    assert published == Plan(cfg=2, patch=4, stale=frozenset(SiteKind), warmup=DEFAULT_WARMUP)
+    assert published.num_ranks == 8

@@ -11,6 +11,8 @@ def local_moments(x: torch.Tensor, num_groups: int) -> torch.Tensor:
     """Mean and biased variance of each group, in fp32: [2, B, G] of x [B, C, ...], B batch, G groups."""
     batch, channels = x.shape[:2]
     flat = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    if flat.device.type != "cpu" or not flat.is_contiguous(memory_format=torch.channels_last):
+        flat = flat.contiguous()  # the kernel refuses other strides; only on CPU does it take channels-last
     positions = flat[0, 0].numel()
     # The native kernel's own statistics: Welford on CPU, 25 times faster there than var_mean. With eps 0 its
     # reciprocal standard deviation is the variance to the power -1/2.

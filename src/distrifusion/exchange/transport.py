@@ -55,7 +55,6 @@ class ProcessGroupTransport:
         group = group if group is not None else dist.group.WORLD
         assert group is not None, "the caller has checked that a process group is initialised"
         self._group = group
-        self._batched = dist.get_backend(self._group) == "nccl"
         self.rank = dist.get_rank(self._group)
         self.world_size = dist.get_world_size(self._group)
 
@@ -66,9 +65,10 @@ class ProcessGroupTransport:
         ops += [(dist.isend, "group_dst", message) for message in sends]
         works: list[tuple[dist.Work | None, int | None]]
         with _typed_errors(self.rank, None):
-            if self._batched:
+            # NCCL runs messages one after the other unless they are one batch, and two waiting sends would not end.
+            if any(message.tensor.is_cuda for _, _, message in ops):
                 p2p = [dist.P2POp(op, m.tensor, group=self._group, tag=m.tag, group_peer=m.peer) for op, _, m in ops]
-                works = [(work, None) for work in dist.batch_isend_irecv(p2p)] if p2p else []
+                works = [(work, None) for work in dist.batch_isend_irecv(p2p)]
             else:
                 works = [(op(m.tensor, group=self._group, tag=m.tag, **{side: m.peer}), m.peer) for op, side, m in ops]
         return _Works(works, self.rank)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -54,7 +55,7 @@ class ParallelDenoiser:
         sites = self._anatomy.sites(self.model)
         self._modules = _identity(self.model)
         self._patch.attach(sites, self._attachment)
-        self._attachment.replace(self.model, lambda forward: _calling(self, forward))
+        self._attachment.replace(self.model, "forward", partial(partial, self.run))
 
     def detach(self) -> None:
         """Restore the model as it was."""
@@ -123,13 +124,6 @@ class ParallelDenoiser:
     def _block(self, full: torch.Tensor, rows: Interval, band: Interval) -> torch.Tensor:
         dim = 2 if self.plan.split is Split.ROWS else 3
         return full[rows.start : rows.stop].narrow(dim, band.start, len(band))
-
-
-def _calling(denoiser: ParallelDenoiser, forward: Callable[..., Any]) -> Callable[..., Any]:
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return denoiser.run(forward, *args, **kwargs)
-
-    return call
 
 
 def _identity(model: nn.Module) -> tuple[int, ...]:

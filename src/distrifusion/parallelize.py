@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,9 +14,10 @@ from diffusers import DiffusionPipeline
 from torch.distributed.device_mesh import DeviceMesh
 
 from distrifusion.denoiser import ParallelDenoiser
-from distrifusion.errors import ConfigError, UnsupportedModel
+from distrifusion.errors import ConfigError, RankFailed, StepTimeout, UnsupportedModel
 from distrifusion.exchange.transport import ProcessGroupTransport, Transport
 from distrifusion.plan import Plan
+from distrifusion.strategies.attach import Attachment
 
 _HANDLE = "_distrifusion"
 
@@ -133,19 +135,30 @@ def _request(pipe: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterat
     denoiser = denoiser_of(pipe)
     denoiser.refresh()
     agree_on_randomness(denoiser.exchange.transport, pipe.device, _generators(args, kwargs))
-    scheduler, step = pipe.scheduler, pipe.scheduler.step
-
-    def next_slot(*step_args: Any, **step_kwargs: Any) -> Any:
-        denoiser.slot = 0
-        return step(*step_args, **step_kwargs)
-
+    steps = Attachment()
+    steps.replace(pipe.scheduler, "step", partial(_counted, denoiser))
     denoiser.open(next(_requests))
-    scheduler.step = next_slot
     try:
         yield
-    finally:
-        del scheduler.step
+    except BaseException:
+        # What other ranks sent is taken in, so that no later run finds it; why that may fail is the error at hand.
+        with suppress(RankFailed, StepTimeout):
+            denoiser.close()
+        raise
+    else:
         denoiser.close()
+    finally:
+        steps.detach()
+
+
+def _counted(denoiser: ParallelDenoiser, step: Callable[..., Any]) -> Callable[..., Any]:
+    """A scheduler's step after which the denoiser's next call is the first of its scheduler step again."""
+
+    def step_and_reset(*args: Any, **kwargs: Any) -> Any:
+        denoiser.slot = 0
+        return step(*args, **kwargs)
+
+    return step_and_reset
 
 
 def _generators(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Generator]:

@@ -1,4 +1,4 @@
-"""Replacing the forward of layers from outside, and putting it back."""
+"""Replacing methods of live objects from outside, and putting them back."""
 
 from __future__ import annotations
 
@@ -6,26 +6,24 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
-
 
 class Attachment:
-    """The replaced forwards of a model; `detach` restores every module exactly as it was."""
+    """Methods that are replaced on single objects; `detach` restores every object exactly as it was."""
 
     def __init__(self) -> None:
         self._restores: list[Callable[[], None]] = []
 
-    def replace(self, module: nn.Module, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-        """Put `make(original forward)` in the place of a module's forward; parameters and their names stay."""
-        original = module.forward
-        had_own = "forward" in vars(module)
-        module.forward = functools.wraps(original)(make(original))
+    def replace(self, owner: Any, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+        """Put `make(original method)` in the place of a method; the object's class, parameters and their names stay."""
+        original = getattr(owner, name)
+        had_own = name in vars(owner)
+        setattr(owner, name, functools.wraps(original)(make(original)))
 
         def restore() -> None:
             if had_own:
-                module.forward = original
+                setattr(owner, name, original)
             else:
-                del module.forward
+                delattr(owner, name)
 
         self._restores.append(restore)
 

@@ -58,13 +58,13 @@ class PatchStrategy:
         for site in sites:
             match site:
                 case EntrySite():
-                    attachment.replace(site.module, partial(partial, self._entry, site))
+                    attachment.replace(site.module, "forward", partial(partial, self._entry, site))
                 case ConvSite():
-                    attachment.replace(site.module, partial(partial, self._conv, site))
+                    attachment.replace(site.module, "forward", partial(partial, self._conv, site))
                 case NormSite():
-                    attachment.replace(site.module, partial(partial, self._norm, site))
+                    attachment.replace(site.module, "forward", partial(partial, self._norm, site))
                 case UpsampleSite():
-                    attachment.replace(site.module, partial(partial, self._upsample, site))
+                    attachment.replace(site.module, "forward", partial(partial, self._upsample, site))
                 case AttentionSite():
                     _BandAttention(self, site).attach(attachment)
                 case _:
@@ -183,9 +183,9 @@ class _BandAttention:
     def attach(self, attachment: Attachment) -> None:
         attention: Any = self._site.module
         key, value = attention.to_k.forward, attention.to_v.forward
-        attachment.replace(attention.to_q, partial(partial, self._query, key, value))
-        attachment.replace(attention.to_k, partial(partial, self._read, 0))
-        attachment.replace(attention.to_v, partial(partial, self._read, 1))
+        attachment.replace(attention.to_q, "forward", partial(partial, self._query, key, value))
+        attachment.replace(attention.to_k, "forward", partial(partial, self._read, 0))
+        attachment.replace(attention.to_v, "forward", partial(partial, self._read, 1))
 
     def _query(self, key: Forward, value: Forward, query: Forward, hidden: torch.Tensor, *args: Any) -> torch.Tensor:
         level = self._strategy.step.levels[self._site.level]

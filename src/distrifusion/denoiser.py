@@ -62,8 +62,10 @@ class ParallelDenoiser:
         self._attachment.detach()
 
     def refresh(self) -> None:
-        """Attach again if layers were added or removed (an adapter was loaded) since the last time."""
-        if _identity(self.model) != self._modules:
+        """Look at the layers again: what has no rule is refused, what was added (an adapter) is attached."""
+        if _identity(self.model) == self._modules:
+            self._anatomy.sites(self.model)
+        else:
             self.detach()
             self.attach()
 

@@ -88,6 +88,8 @@ def denoiser_of(pipe: DiffusionPipeline) -> ParallelDenoiser:
 
 def _transport(plan: Plan, mesh: DeviceMesh | Transport | None) -> Transport:
     if isinstance(mesh, DeviceMesh):
+        if mesh.ndim != 1:
+            raise ConfigError(f"the mesh has {mesh.ndim} dimensions; give one of 1, the plan itself divides its ranks")
         return ProcessGroupTransport(mesh.get_group())
     if mesh is not None:
         return mesh

@@ -33,6 +33,7 @@ _PROCESSORS = {
 _BATCHED = ("timestep", "encoder_hidden_states", "class_labels", "timestep_cond", "added_cond_kwargs",
             "encoder_attention_mask")  # fmt: skip
 _SPATIAL = ("down_block_additional_residuals", "mid_block_additional_residual", "down_intrablock_additional_residuals")
+_FREE_U = ("s1", "s2", "b1", "b2")
 _SHARED_ATTENTION_KWARGS = {"scale"}
 
 
@@ -108,6 +109,8 @@ def _site(name: str, module: nn.Module, level: int, level_out: int) -> list[Site
     if isinstance(module, Downsample2D):
         _require(module.use_conv and module.padding == 1, name, module, "it has no padded convolution")
         return []
+    if any(getattr(module, name, None) is not None for name in _FREE_U):
+        _require(False, name, module, "FreeU filters it over the whole picture; call disable_freeu() first")
     known = isinstance(module, _POINTWISE) or type(module).__name__ in _CONTAINERS
     _require(known or _is_adapter(module), name, module, "it may mix positions of the picture")
     return []

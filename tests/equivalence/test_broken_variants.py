@@ -1,0 +1,171 @@
+"""The gates see what they are for: each exchange, broken on purpose, pushes the error far over its bound."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from division import EXACT, errors
+
+from distrifusion.exchange import verbs
+from distrifusion.exchange.pool import GatherBuffer, Parcel
+from distrifusion.exchange.verbs import Exchange
+from distrifusion.partition import Interval
+from distrifusion.strategies import patch
+from models import moved, unet_inputs
+
+Break = Callable[[pytest.MonkeyPatch], None]
+FAR_OVER = 1e-3
+
+
+def _edges(own: Interval, want: Interval) -> tuple[int, int]:
+    return max(0, own.start - want.start), max(0, want.stop - own.stop)
+
+
+def _change_halo(
+    monkeypatch: pytest.MonkeyPatch, change: Callable[[torch.Tensor, int, int, int], torch.Tensor]
+) -> None:
+    """Let `change(extended, dim, rows above, rows below)` spoil what every halo returns."""
+    intact = Exchange.halo
+
+    def halo(
+        self: Exchange, site: str, x: torch.Tensor, dim: int, bands: Sequence[Interval], wants: Sequence[Interval]
+    ) -> torch.Tensor:
+        index = self._policy.index
+        return change(intact(self, site, x, dim, bands, wants), dim, *_edges(bands[index], wants[index]))
+
+    monkeypatch.setattr(Exchange, "halo", halo)
+
+
+def halo_of_zeros(monkeypatch: pytest.MonkeyPatch) -> None:
+    def change(extended: torch.Tensor, dim: int, above: int, below: int) -> torch.Tensor:
+        extended.narrow(dim, 0, above).zero_()
+        extended.narrow(dim, extended.shape[dim] - below, below).zero_()
+        return extended
+
+    _change_halo(monkeypatch, change)
+
+
+def halo_from_the_wrong_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    def change(extended: torch.Tensor, dim: int, above: int, below: int) -> torch.Tensor:
+        if above != below:
+            return extended
+        middle = extended.narrow(dim, above, extended.shape[dim] - 2 * above)
+        ends = extended.narrow(dim, extended.shape[dim] - below, below), extended.narrow(dim, 0, above)
+        return torch.cat([ends[0], middle, ends[1]], dim)
+
+    _change_halo(monkeypatch, change)
+
+
+def local_keys_and_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(self: GatherBuffer) -> tuple[torch.Tensor, ...]:
+        return tuple(piece.transpose(0, 1) for piece in self.parts[self.rank].unbind(2))
+
+    monkeypatch.setattr(GatherBuffer, "read", read)
+
+
+def local_norm(monkeypatch: pytest.MonkeyPatch) -> None:
+    def share(self: Exchange, site: str, kind: Any, own: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return torch.stack([own] * len(self._policy.team)), None
+
+    monkeypatch.setattr(Exchange, "share", share)
+
+
+def variance_over_n_minus_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the reference implementation does, with the local count."""
+    intact = patch.local_moments
+
+    def local_moments(x: torch.Tensor, num_groups: int) -> torch.Tensor:
+        count = x[0].numel() / num_groups
+        mean, variance = intact(x, num_groups)
+        return torch.stack([mean, variance * count / (count - 1)])
+
+    monkeypatch.setattr(patch, "local_moments", local_moments)
+
+
+def norm_that_counts_bands_not_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    intact = patch.merge_moments
+    monkeypatch.setattr(patch, "merge_moments", lambda moments, counts: intact(moments, torch.ones_like(counts)))
+
+
+def bands_joined_in_reverse(monkeypatch: pytest.MonkeyPatch) -> None:
+    intact = Exchange.collect
+
+    def collect(self: Exchange, site: str, own: torch.Tensor, shapes: Any) -> dict[int, torch.Tensor]:
+        return {rank: tensor.flip(2) for rank, tensor in intact(self, site, own, shapes).items()}
+
+    monkeypatch.setattr(Exchange, "collect", collect)
+
+
+SYNCHRONOUS: list[Break] = [
+    halo_of_zeros,
+    halo_from_the_wrong_side,
+    local_keys_and_values,
+    local_norm,
+    variance_over_n_minus_one,
+    norm_that_counts_bands_not_rows,
+    bands_joined_in_reverse,
+]
+
+
+@pytest.mark.parametrize("spoil", SYNCHRONOUS)
+def test_the_synchronous_gate_sees(spoil: Break, unet: UNet2DConditionModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = unet_inputs(unet, 1, 25, 9)
+    spoil(monkeypatch)
+    assert max(errors(unet, "patch3", [inputs])) > FAR_OVER
+
+
+def frozen_keys_and_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fresh exchanges work; what a displaced call would post is never sent."""
+    intact = Exchange._flush
+
+    def flush(self: Exchange) -> None:
+        self._deferred = [(kind, posted) for kind, posted in self._deferred if isinstance(posted, Parcel)]
+        intact(self)
+
+    monkeypatch.setattr(Exchange, "_flush", flush)
+
+
+def frozen_halos_and_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Parcel, "messages", lambda self: ([], []))
+
+
+@pytest.mark.parametrize("spoil", [frozen_keys_and_values, frozen_halos_and_statistics])
+def test_the_convergence_of_a_repeated_input_sees(
+    spoil: Break, sdxl: UNet2DConditionModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = unet_inputs(sdxl, 1, 17, 9)
+    steps = [x] + 10 * [moved(x, 0.5)]
+    intact = errors(sdxl, "patch2.displaced.w0", steps)
+    spoil(monkeypatch)
+    frozen = errors(sdxl, "patch2.displaced.w0", steps)
+    assert frozen[0] <= EXACT, "the first call is synchronous"
+    assert intact[-1] < intact[1] / 30
+    assert frozen[-1] > 10 * intact[-1]
+
+
+def values_kept_from_the_first_call_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A synchronous call computes with fresh values but leaves the old ones for the next call."""
+    intact = verbs._keep
+
+    def keep(state: Any, name: str, *values: Any) -> None:
+        if name not in state.swaps:
+            intact(state, name, *values)
+
+    monkeypatch.setattr(verbs, "_keep", keep)
+
+
+def test_the_gate_of_an_input_given_again_sees_values_that_were_not_kept(
+    sdxl: UNet2DConditionModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = unet_inputs(sdxl, 1, 25, 17)
+    y = moved(x, 0.5)
+    steps = [x, y, y]
+    assert max(errors(sdxl, "patch3.displaced.w1", steps)) <= EXACT
+    values_kept_from_the_first_call_only(monkeypatch)
+    spoilt = errors(sdxl, "patch3.displaced.w1", steps)
+    assert max(spoilt[:2]) <= EXACT
+    assert spoilt[2] > FAR_OVER

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -33,7 +33,7 @@ class VirtualWorld:
         self._lock = threading.Lock()
 
     def box(self, source: int, target: int, tag: Any) -> queue.SimpleQueue[Any]:
-        """The mailbox of one directed pair and tag."""
+        """The mailbox of one message: its directed pair, its tag and its number among those."""
         with self._lock:
             return self._boxes[source, target, tag]
 
@@ -64,11 +64,14 @@ class VirtualWorld:
         return results
 
     def take(self, source: int, target: int, tag: Any) -> Any:
-        """Wait for the next message in a mailbox."""
+        """Wait for the one message of a mailbox."""
         box = self.box(source, target, tag)
         for _ in range(int(self.timeout / _POLL) + 1):
             try:
-                return box.get(timeout=_POLL)
+                value = box.get(timeout=_POLL)
+                with self._lock:
+                    del self._boxes[source, target, tag]
+                return value
             except queue.Empty:
                 if self.failed.is_set():
                     raise RankFailed(f"rank {target}: another virtual rank failed", rank=target) from None
@@ -83,32 +86,39 @@ class VirtualTransport:
         self.world_size = world.num_ranks
         self.sent_bytes = 0
         self._world = world
+        self._counts: Counter[Any] = Counter()
 
     def post(self, sends: Sequence[Message], receives: Sequence[Message]) -> _Receives:
         for message in sends:
             self.sent_bytes += message.tensor.nbytes
-            self._world.box(self.rank, message.peer, message.tag).put(message.tensor.clone())
-        return _Receives(self._world, self.rank, list(receives))
+            number = self._number("send", message.peer, message.tag)
+            self._world.box(self.rank, message.peer, number).put(message.tensor.clone())
+        return _Receives(self._world, self.rank, [(m, self._number("receive", m.peer, m.tag)) for m in receives])
 
     def broadcast(self, value: Any) -> Any:
         if self.rank:
-            return self._world.take(0, self.rank, "broadcast")
+            return self._world.take(0, self.rank, self._number("receive", 0, "broadcast"))
         for peer in range(1, self.world_size):
-            self._world.box(0, peer, "broadcast").put(value)
+            self._world.box(0, peer, self._number("send", peer, "broadcast")).put(value)
         return value
+
+    def _number(self, way: str, peer: int, tag: Any) -> tuple[Any, int]:
+        """A message's tag and its number: messages of one tag meet in the order of their posts, not of the waits."""
+        self._counts[way, peer, tag] += 1
+        return tag, self._counts[way, peer, tag]
 
 
 class _Receives:
     """Receives under way; `wait` copies what came."""
 
-    def __init__(self, world: VirtualWorld, rank: int, receives: list[Message]) -> None:
+    def __init__(self, world: VirtualWorld, rank: int, receives: list[tuple[Message, Any]]) -> None:
         self._world = world
         self._rank = rank
         self._receives = receives
 
     def wait(self) -> None:
-        for message in self._receives:
-            value: torch.Tensor = self._world.take(message.peer, self._rank, message.tag)
+        for message, number in self._receives:
+            value: torch.Tensor = self._world.take(message.peer, self._rank, number)
             if value.numel() != message.tensor.numel():
                 raise RuntimeError(f"message {message.tag}: {value.shape} sent, {message.tensor.shape} expected")
             message.tensor.copy_(value.view_as(message.tensor))

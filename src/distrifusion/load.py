@@ -17,8 +17,8 @@ from distrifusion.runtime import devices as device_specs
 from distrifusion.runtime import source as sources
 from distrifusion.runtime.in_process import InProcessPipeline, TorchrunPlace
 from distrifusion.runtime.pipeline import LoadedPipeline
+from distrifusion.runtime.processes import Crew
 from distrifusion.runtime.spawned import SpawnedPipeline
-from distrifusion.runtime.workers import Crew
 
 _BACKENDS = {"gloo": ("cpu", "gloo"), "nccl": ("cuda", "cpu:gloo,cuda:nccl")}
 
@@ -106,7 +106,7 @@ def _group_backend(backend: str | None, device: torch.device) -> str:
 
 
 def _check_numbers(threads: int | None, step_timeout: float, start_timeout: float) -> None:
-    if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
+    if threads is not None and (type(threads) is not int or threads < 1):
         raise ConfigError(f"threads={threads!r} must be a whole number of at least 1, or None")
     for name, seconds in (("step_timeout", step_timeout), ("start_timeout", start_timeout)):
         if type(seconds) not in (int, float):

@@ -45,12 +45,16 @@ def check(facts: PipelineFacts, arguments: Mapping[str, Any]) -> None:
     """Check values that would fail only after minutes of text encoding and weights, or fail unclearly.
 
     Raises:
-        ConfigError: on a count below 1, or a size that the pipeline cannot draw (the nearest it can is named).
+        ConfigError: on a count below 1, a guidance that is no number, or a size that the pipeline cannot draw (the
+            nearest that it can is named).
     """
     for name in _COUNTS:
         value = arguments.get(name)
         if name in arguments and value is not None and (not _is_int(value) or value < 1):
             raise ConfigError(f"{name}={value!r} must be a whole number of at least 1")
+    guidance = arguments.get("guidance_scale")
+    if isinstance(guidance, float) and not math.isfinite(guidance):
+        raise ConfigError(f"guidance_scale={guidance!r} must be a finite number")
     for name in ("height", "width"):
         if arguments.get(name) is not None:
             _check_size(name, arguments[name], math.lcm(_PIXELS, facts.vae_factor or 1))

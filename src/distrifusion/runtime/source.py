@@ -94,11 +94,13 @@ def find(source: object, keywords: Mapping[str, Any]) -> Source:
         )
     name = os.fspath(source)
     if name == "demo":
+        if not demo.path().is_dir():
+            raise ConfigError(f"the embedded model is not in this installation: there is no folder '{demo.path()}'")
         return _from_folder(demo.path(), keywords)
     if Path(name).expanduser().exists():
         return _from_folder(Path(name).expanduser(), keywords)
     if isinstance(source, os.PathLike) or not _may_be_hub_id(name):
-        near = ", or did you mean 'demo'?" if difflib.get_close_matches(name.lower(), ["demo"], cutoff=0.7) else ""
+        near = "; did you mean 'demo'?" if difflib.get_close_matches(name.lower(), ["demo"], cutoff=0.7) else ""
         raise ConfigError(f"there is no folder '{name}', and a hub id has the form 'owner/name'{near}")
     return _from_hub(name, keywords)
 

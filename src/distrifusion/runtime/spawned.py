@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from distrifusion.errors import ConfigError
+from distrifusion.errors import ConfigError, RankFailed
 from distrifusion.runtime import call_checks, randomness
 from distrifusion.runtime.operations import Call, CallResult, Component, Get, Invoke, Method, Randomness, Same, Set
 from distrifusion.runtime.pipeline import LoadedPipeline, tensor_inputs
+from distrifusion.runtime.processes import Crew
 from distrifusion.runtime.source import PipelineFacts
 from distrifusion.runtime.stepping import Unchanged
 from distrifusion.runtime.timing import RunTimes
@@ -27,7 +28,7 @@ from distrifusion.runtime.wire import (
     pack,
     unpack,
 )
-from distrifusion.runtime.workers import Crew, RaisedAlike, Workers
+from distrifusion.runtime.workers import RaisedAlike, Workers
 
 # Methods that write files or publish: one rank does it for all.
 _ONE_RANK = ("save_", "push_to_hub")
@@ -103,8 +104,9 @@ class SpawnedPipeline(LoadedPipeline):
         watcher = _Watcher(self, self._workers, callback, self._bar_config)
         try:
             result: CallResult = self._ask(call, watcher)[0]
-        except CallbackRaised:
-            assert watcher.error is not None
+        except (CallbackRaised, RankFailed):
+            if watcher.error is None:
+                raise
             raise watcher.error from None
         finally:
             watcher.close_bar()

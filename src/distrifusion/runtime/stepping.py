@@ -46,7 +46,9 @@ class RelayedBar:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
+        # After an error the board keeps the step it was raised in.
+        if error is None:
+            self.close()
 
     def __iter__(self) -> Iterator[Any]:
         for item in self._items:

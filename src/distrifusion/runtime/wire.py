@@ -98,6 +98,7 @@ class Failure:
         message: its text.
         trace: its traceback as text.
         packed: the error itself, if it can be packed and unpacked, else None.
+        step: the denoising step it was raised in, None outside the loop.
         randomness: packed states of the generators and the global streams when it was raised.
     """
 
@@ -105,13 +106,14 @@ class Failure:
     message: str
     trace: str
     packed: bytes | None
+    step: int | None
     randomness: bytes
 
     @classmethod
-    def of(cls, error: BaseException, randomness: bytes) -> Failure:
+    def of(cls, error: BaseException, step: int | None, randomness: bytes) -> Failure:
         kind = f"{type(error).__module__}.{type(error).__qualname__}"
         trace = "".join(traceback.format_exception(type(error), error, error.__traceback__))
-        return cls(kind, str(error), trace, _pack_error(error), randomness)
+        return cls(kind, str(error), trace, _pack_error(error), step, randomness)
 
     def like(self, other: Failure) -> bool:
         """True if both ranks raised the same thing."""

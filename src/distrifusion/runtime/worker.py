@@ -82,6 +82,7 @@ class Worker:
                     return
                 case Request() as request:
                     self._answer(request)
+                    self.board.write(self.rank, OUTSIDE)
                 case StepAnswer():
                     # Of a call that has failed here while the caller's callback ran.
                     continue
@@ -104,7 +105,8 @@ class Worker:
             value = self._operations[type(operation)](operation, request.id, generators)
             reply = Reply(request.id, pack(value)[0])
         except Exception as error:
-            reply = Reply(request.id, failure=Failure.of(error, pack(self._randomness(generators))[0]))
+            step = self.board.step_of(self.rank)
+            reply = Reply(request.id, failure=Failure.of(error, step, pack(self._randomness(generators))[0]))
         self.line.send(reply)
 
     def _open(self, op: Open, request: int, generators: Generators) -> PipelineFacts:
@@ -129,10 +131,7 @@ class Worker:
     def _call(self, op: Call, request: int, generators: Generators) -> CallResult:
         randomness.restore(op.streams, self.device)
         clock = StepClock(self.device)
-        try:
-            output = self.pipe(**op.arguments, **self._step_end(op, request, clock))
-        finally:
-            self.board.write(self.rank, OUTSIDE)
+        output = self.pipe(**op.arguments, **self._step_end(op, request, clock))
         times = clock.times()
         if self.rank != 0:
             return CallResult()

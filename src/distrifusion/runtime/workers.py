@@ -1,85 +1,62 @@
-"""The caller's side of the worker processes: starting them, asking them, and ending them whatever has happened."""
+"""Asking the worker processes, and judging what comes back: an answer, an error of all, or the failure of one."""
 
 from __future__ import annotations
 
-import datetime
-import logging
 import os
-import signal
-import socket
-import struct
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from multiprocessing.connection import Connection, wait
-from pathlib import Path
+from multiprocessing.connection import wait
 from typing import Any
 
 import diffusers
-import torch
-import torch.distributed as dist
 import transformers
 
 from distrifusion.errors import RankFailed, StepTimeout
-from distrifusion.plan import Plan
-from distrifusion.runtime.board import Board
 from distrifusion.runtime.operations import Open
-from distrifusion.runtime.source import PipelineFacts, Source
-from distrifusion.runtime.wire import Close, Failure, Line, PeerGone, Reply, Request, StepAnswer, pack, unpack
+from distrifusion.runtime.processes import Crew, Processes
+from distrifusion.runtime.source import PipelineFacts
+from distrifusion.runtime.wire import Failure, PeerGone, Reply, Request, StepAnswer, pack, unpack
 
 # Seconds between two looks at the board and the processes while ranks compute.
 _LOOK = 0.25
 # Seconds that other ranks get to fail likewise after one failed: an error of the arguments comes from all of them
 # within moments, and a rank whose peer failed alone waits in an exchange for ever.
 _GRACE = 3.0
-# Seconds that a worker gets to end by itself.
-_FAREWELL = 5.0
+# Seconds after a process has gone; its peers' errors are only consequences.
+_GRACE_GONE = 0.5
+# Seconds that a process may be stopped: Ctrl-Z stops and continues the caller and the workers one by one.
+_GRACE_STOPPED = 3.0
+
+OnEvent = Callable[[Any, int], None]
 
 
-@dataclass(frozen=True)
-class Crew:
-    """What the workers are started with.
+class RaisedAlike(Exception):
+    """Carries a failure that all ranks reported alike."""
 
-    Attributes:
-        devices: one per rank.
-        threads: CPU threads per rank.
-        step_timeout: seconds without a finished step after which a call is given up.
-        start_timeout: seconds for starting and for requests outside the loop, reading weights included.
-    """
-
-    source: Source
-    plan: Plan
-    devices: tuple[torch.device, ...]
-    backend: str
-    threads: int
-    step_timeout: float
-    start_timeout: float
-
-
-@dataclass
-class _Started:
-    """Processes that run, in rank order, and what they share with the caller."""
-
-    processes: list[subprocess.Popen[bytes]]
-    lines: list[Line]
-    board: Board
-    store: dist.TCPStore
+    def __init__(self, failure: Failure) -> None:
+        super().__init__(failure.message)
+        self.failure = failure
 
 
 @dataclass
 class _Answers:
-    """What has come back on one request."""
+    """What has come back on one request, and since when something is wrong."""
 
     waiting: set[int]
     values: dict[int, Any] = field(default_factory=dict)
     failures: dict[int, Failure] = field(default_factory=dict)
     gone: list[int] = field(default_factory=list)
-    first_trouble: float | None = None
+    trouble: float | None = None
+    stopped: float | None = None
 
-    def trouble(self) -> None:
-        self.first_trouble = self.first_trouble or time.monotonic()
+    def note_trouble(self) -> None:
+        self.trouble = self.trouble or time.monotonic()
+
+    @property
+    def settled(self) -> bool:
+        """Nothing more is to be waited for."""
+        return not self.waiting or _overdue(self.trouble, _GRACE_GONE if self.gone else _GRACE)
 
 
 class Workers:
@@ -88,8 +65,7 @@ class Workers:
     def __init__(self, crew: Crew) -> None:
         self.crew = crew
         self.facts: PipelineFacts | None = None
-        self._started: _Started | None = None
-        self._owner = os.getpid()
+        self._started: Processes | None = None
         self._requests = 0
         self._early: dict[int, dict[int, Reply]] = {}
 
@@ -101,25 +77,19 @@ class Workers:
     @property
     def pids(self) -> tuple[int, ...]:
         """Process ids in rank order; empty when nothing runs."""
-        return tuple(process.pid for process in self._started.processes) if self._started else ()
+        return self._started.pids if self._started else ()
 
-    def start(self) -> PipelineFacts:
+    def start(self) -> None:
         """Start the processes and open the pipeline in each.
 
         Raises:
-            RankFailed, StepTimeout: if a rank fails alone or `start_timeout` passes. Any error that all ranks raise
-                alike when they open the pipeline.
+            RankFailed, StepTimeout: if a rank fails alone or `start_timeout` passes.
+            Whatever all ranks raise alike when they open the pipeline.
         """
-        num_ranks = len(self.crew.devices)
-        limit = datetime.timedelta(seconds=self.crew.start_timeout)
-        store = dist.TCPStore("127.0.0.1", 0, is_master=True, timeout=limit, wait_for_workers=False)
-        board = Board.create(num_ranks)
-        self._started = _Started([], [], board, store)
+        self._started = Processes.start(self.crew)
         self._early = {}
         try:
-            for rank in range(num_ranks):
-                self._spawn(rank, self._started)
-            opens = [self._open(rank, store.port) for rank in range(num_ranks)]
+            opens = [self._open(rank, self._started.store.port) for rank in range(len(self.crew.devices))]
             self.facts = self.request(opens, self.crew.start_timeout)[0]
         except RaisedAlike as alike:
             self.end()
@@ -127,15 +97,8 @@ class Workers:
         except BaseException:
             self.end()
             raise
-        assert self.facts is not None
-        return self.facts
 
-    def request(
-        self,
-        payloads: Sequence[bytes],
-        limit: float,
-        on_event: Callable[[Any, int], None] | None = None,
-    ) -> list[Any]:
+    def request(self, payloads: Sequence[bytes], limit: float, on_event: OnEvent | None = None) -> list[Any]:
         """Ask ranks 0 to n-1 for one operation each; returns their answers.
 
         Args:
@@ -147,75 +110,41 @@ class Workers:
             RaisedAlike: if all ranks asked raised the same error; the workers live on.
             RankFailed, StepTimeout: otherwise; all workers are ended.
         """
-        assert self._started is not None
+        started = self._running()
         self._requests += 1
         number = self._requests
         answers = _Answers(set(range(len(payloads))))
         try:
             for rank, payload in enumerate(payloads):
-                self._tell(rank, Request(number, payload), answers)
+                if not started.tell(rank, Request(number, payload)):
+                    self._lose(rank, answers)
             self._collect(number, answers, limit, on_event)
+            self._judge(answers)
+        except RaisedAlike:
+            raise
         except BaseException:
-            # Ctrl-C, or a verdict: where the ranks stand is not known any more.
-            if answers.waiting or answers.gone:
-                self.end()
+            # A verdict, or Ctrl-C: where the ranks stand is not known any more.
+            self.end()
             raise
         return [answers.values[rank] for rank in range(len(payloads))]
 
     def answer_step(self, answer: StepAnswer) -> None:
-        """Tell every rank how the caller's callback ended."""
-        for line in self._started.lines if self._started else ():
-            # A rank that is gone is found, and named, by the collecting of answers.
-            _try_send(line, answer)
+        """Tell every rank how the caller's callback ended; one that is gone is found where answers are collected."""
+        if self._started is not None:
+            for rank in range(len(self._started.lines)):
+                self._started.tell(rank, answer)
 
     def end(self) -> None:
         """End all processes at once."""
         started, self._started = self._started, None
-        if started is None:
-            return
-        for line in started.lines:
-            line.close()
-        for process in started.processes:
-            process.kill()
-        for process in started.processes:
-            process.wait()
-        started.board.close()
+        if started is not None:
+            started.end()
 
     def close(self) -> None:
-        """Let the processes end, and end those that do not within seconds; a forked copy of the caller does nothing."""
-        if self._started is None or os.getpid() != self._owner:
-            return
-        for line in self._started.lines:
-            _try_send(line, Close())
-        until = time.monotonic() + _FAREWELL
-        for process in self._started.processes:
-            try:
-                process.wait(max(0.0, until - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                break
-        self.end()
-
-    def _spawn(self, rank: int, started: _Started) -> None:
-        here, there = socket.socketpair()
-        for option in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
-            here.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", int(self.crew.step_timeout) + 1, 0))
-        numbers = {
-            "rank": rank,
-            "world-size": len(self.crew.devices),
-            "connection": there.fileno(),
-            "board": started.board.fd,
-            "parent": os.getpid(),
-        }
-        command = [sys.executable, "-m", "distrifusion.runtime.worker", *(f"--{k}={v}" for k, v in numbers.items())]
-        with there:
-            started.lines.append(Line(Connection(here.detach())))
-            process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                pass_fds=(there.fileno(), started.board.fd),
-                env=_environment(self.crew, rank),
-            )
-        started.processes.append(process)
+        """Let the processes end; a forked copy of the caller, whose they are not, does nothing."""
+        started, self._started = self._started, None
+        if started is not None and started.owner == os.getpid():
+            started.close()
 
     def _open(self, rank: int, port: int) -> bytes:
         crew = self.crew
@@ -226,20 +155,14 @@ class Workers:
         op = Open(device, crew.backend, plan, port, crew.threads, limit, crew.source, rank == 0 and all(bars))
         return pack(op, modules=True)[0]
 
-    def _tell(self, rank: int, message: object, answers: _Answers) -> None:
-        assert self._started is not None
-        if not _try_send(self._started.lines[rank], message):
-            answers.waiting.discard(rank)
-            answers.gone.append(rank)
-            answers.trouble()
+    def _running(self) -> Processes:
+        if self._started is None:
+            raise RankFailed("the workers were ended by a failure within the callback")
+        return self._started
 
-    def _collect(
-        self, number: int, answers: _Answers, limit: float, on_event: Callable[[Any, int], None] | None
-    ) -> None:
-        assert self._started is not None
-        board = self._started.board
-        seen, progress = board.read(), time.monotonic()
-        while answers.waiting and not _overdue(answers.first_trouble, _GRACE):
+    def _collect(self, number: int, answers: _Answers, limit: float, on_event: OnEvent | None) -> None:
+        seen, progress = self._running().board.read(), time.monotonic()
+        while not answers.settled:
             for rank in self._ready(answers):
                 message = self._hear(rank, answers)
                 if isinstance(message, Reply):
@@ -250,34 +173,35 @@ class Workers:
             # Ends of this call that came while a callback of the caller made requests of its own.
             for rank, reply in self._early.pop(number, {}).items():
                 self._note(rank, reply, answers)
-            if self._started is None:
-                raise RankFailed("the workers were ended by a request that the callback made")
-            if board.read() != seen:
-                seen, progress = board.read(), time.monotonic()
+            steps = self._running().board.read()
+            if steps != seen:
+                seen, progress = steps, time.monotonic()
+            self._look_for_stopped(answers)
             if _overdue(progress, limit):
                 raise self._timed_out(answers, limit)
-        self._judge(answers)
 
-    def _ready(self, answers: _Answers) -> Iterable[int]:
-        assert self._started is not None
-        lines = {self._started.lines[rank].fileno(): rank for rank in sorted(answers.waiting)}
-        return [lines[fd] for fd in wait(list(lines), timeout=_LOOK)]  # type: ignore[index]
+    def _ready(self, answers: _Answers) -> list[int]:
+        started = self._running()
+        ranks = {started.lines[rank].fileno(): rank for rank in sorted(answers.waiting)}
+        return [ranks[fd] for fd in wait(list(ranks), timeout=_LOOK)]  # type: ignore[index]
 
     def _hear(self, rank: int, answers: _Answers) -> Any:
-        assert self._started is not None
         try:
-            return self._started.lines[rank].receive()
+            return self._running().lines[rank].receive()
         except PeerGone:
-            answers.waiting.discard(rank)
-            answers.gone.append(rank)
-            answers.trouble()
+            self._lose(rank, answers)
             return None
+
+    def _lose(self, rank: int, answers: _Answers) -> None:
+        answers.waiting.discard(rank)
+        answers.gone.append(rank)
+        answers.note_trouble()
 
     def _sort(self, number: int, rank: int, reply: Reply, answers: _Answers) -> None:
         if reply.id == number:
             self._note(rank, reply, answers)
-        elif reply.id < number:
-            # A rank's end of the call within whose callback this request is made.
+        else:
+            # The end of the call within whose callback this request is made.
             self._early.setdefault(reply.id, {})[rank] = reply
 
     def _note(self, rank: int, reply: Reply, answers: _Answers) -> None:
@@ -286,54 +210,43 @@ class Workers:
             answers.values[rank] = unpack(reply.value, self.crew.devices[0])[0]
         else:
             answers.failures[rank] = reply.failure
-            answers.trouble()
+            answers.note_trouble()
+
+    def _look_for_stopped(self, answers: _Answers) -> None:
+        """Raise if a process that is waited for has been stopped by a signal for some time."""
+        started = self._running()
+        stopped = [rank for rank in sorted(answers.waiting) if started.is_stopped(rank)]
+        answers.stopped = (answers.stopped or time.monotonic()) if stopped else None
+        if _overdue(answers.stopped, _GRACE_STOPPED):
+            raise _failed(stopped[0], "was stopped by a signal", started.board.step_of(stopped[0]))
 
     def _judge(self, answers: _Answers) -> None:
-        failures = answers.failures
+        """Raise if anything went wrong: who is gone first, then an error of all, then the first that failed."""
+        started = self._running()
         if answers.gone:
-            raise self._gone(min(answers.gone))
-        if not failures:
+            rank = answers.gone[0]
+            raise _failed(rank, started.ending(rank), started.board.step_of(rank))
+        if not answers.failures:
             return
-        rank, failure = next(iter(failures.items()))
-        if not answers.waiting and not answers.values and all(f.like(failure) for f in failures.values()):
+        rank, failure = next(iter(answers.failures.items()))
+        alike = all(other.like(failure) for other in answers.failures.values())
+        if alike and not answers.waiting and not answers.values:
             raise RaisedAlike(failure)
-        step = self._step(rank)
-        self.end()
-        message = f"rank {rank} failed {_where(step)}: {failure.kind}: {failure.message}"
-        raise RankFailed(message, rank=rank, step=step) from failure.error()
-
-    def _gone(self, rank: int) -> RankFailed:
-        assert self._started is not None
-        step, process = self._step(rank), self._started.processes[rank]
-        try:
-            code = process.wait(_LOOK)
-        except subprocess.TimeoutExpired:
-            how = "does not answer any more"
-        else:
-            how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"left with exit status {code}"
-        self.end()
-        return RankFailed(f"the process of rank {rank} {how} {_where(step)}", rank=rank, step=step)
+        where, what = _where(failure.step), f"{failure.kind}: {failure.message}"
+        raise RankFailed(f"rank {rank} failed {where}: {what}", rank=rank, step=failure.step) from failure.error()
 
     def _timed_out(self, answers: _Answers, limit: float) -> StepTimeout:
-        assert self._started is not None
-        steps = self._started.board.read()
+        board = self._running().board
+        steps = board.read()
         rank = min(answers.waiting, key=lambda waiting: (steps[waiting], waiting))
-        step = self._step(rank)
-        self.end()
+        where = _where(board.step_of(rank))
         return StepTimeout(
-            f"no rank moved on for {limit:g} s; rank {rank} is last, {_where(step)}", rank=rank, step=step
+            f"no rank moved on for {limit:g} s; rank {rank} is last, {where}", rank=rank, step=board.step_of(rank)
         )
 
-    def _step(self, rank: int) -> int | None:
-        return self._started.board.step_of(rank) if self._started else None
 
-
-class RaisedAlike(Exception):
-    """Carries a failure that all ranks reported alike."""
-
-    def __init__(self, failure: Failure) -> None:
-        super().__init__(failure.message)
-        self.failure = failure
+def _failed(rank: int, how: str, step: int | None) -> RankFailed:
+    return RankFailed(f"the process of rank {rank} {how} {_where(step)}", rank=rank, step=step)
 
 
 def _where(step: int | None) -> str:
@@ -342,36 +255,3 @@ def _where(step: int | None) -> str:
 
 def _overdue(since: float | None, limit: float) -> bool:
     return since is not None and time.monotonic() - since > limit
-
-
-def _try_send(line: Line, message: object) -> bool:
-    try:
-        line.send(message)
-    except PeerGone:
-        return False
-    return True
-
-
-def _environment(crew: Crew, rank: int) -> dict[str, str]:
-    """The caller's environment, its import path, and what must stand before the libraries are imported.
-
-    Rank 0 warns as the caller's process would; the others would only repeat it.
-    """
-    levels = {
-        "DIFFUSERS_VERBOSITY": diffusers.utils.logging.get_verbosity(),
-        "TRANSFORMERS_VERBOSITY": transformers.utils.logging.get_verbosity(),
-    }
-    first = rank == 0
-    package = str(Path(__file__).resolve().parents[2])
-    paths = [package, *(os.path.abspath(path) for path in sys.path if path != package)]
-    return {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(paths),
-        "PYTHONSAFEPATH": "1",
-        "OMP_NUM_THREADS": str(crew.threads),
-        "MKL_NUM_THREADS": str(crew.threads),
-        **{name: logging.getLevelName(level if first else logging.ERROR).lower() for name, level in levels.items()},
-        **({} if first else {"PYTHONWARNINGS": "ignore"}),
-        # All ranks are on this machine, whatever its name resolves to.
-        "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo",
-    }

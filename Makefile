@@ -63,7 +63,7 @@ format: setup ## rewrite to the format, with the safe fixes
 
 constraints: setup ## write what .venv holds to constraints.txt, after an upgrade that was tested
 	{ sed '/^[^#]/d' constraints.txt; \
-	  $(BIN)/python -m pip freeze --exclude-editable | sed -E 's/\+[a-z0-9.]+$$//; s/$$/; python_version >= "3.11"/'; \
+	  $(BIN)/python -m pip freeze --exclude-editable | sed -E 's/\+[a-z0-9.]+$$//'; \
 	} > constraints.new
 	mv constraints.new constraints.txt
 

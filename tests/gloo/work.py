@@ -1,0 +1,120 @@
+"""What the ranks do: every function here runs in each of them."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig
+from pipelines import PIPELINES, Call
+from torch.distributed.device_mesh import DeviceMesh
+
+from distrifusion import RankFailed, StepTimeout, parallelize, unparallelize
+
+
+def draw(mesh: DeviceMesh, family: str, scheduler: str, plan: str, *calls: Call) -> list[torch.Tensor]:
+    """The latents of calls of one parallelized pipeline, one after the other."""
+    pipe = parallelize(PIPELINES[family](scheduler), plan, mesh=mesh)
+    return [call(pipe, rank=mesh.get_rank()) for call in calls]
+
+
+def draw_fresh(mesh: DeviceMesh, family: str, scheduler: str, plan: str, *calls: Call) -> list[torch.Tensor]:
+    """As `draw`, with a new pipeline for every call."""
+    return [draw(mesh, family, scheduler, plan, call)[0] for call in calls]
+
+
+def draw_unseeded(mesh: DeviceMesh, family: str, scheduler: str, plan: str) -> torch.Tensor:
+    """The latents of a call that nobody seeded."""
+    pipe = parallelize(PIPELINES[family](scheduler), plan, mesh=mesh)
+    torch.seed()
+    return pipe("a calm lake", height=136, width=72, num_inference_steps=2, output_type="latent").images
+
+
+class StopAt:
+    """A callback that raises at one step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def __call__(self, pipe: Any, step: int, timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        if step == self.step:
+            raise InterruptedError("stopped by the callback")
+        return kwargs
+
+
+def draw_after_a_stopped_run(mesh: DeviceMesh, family: str, scheduler: str, plan: str, call: Call) -> torch.Tensor:
+    """The latents of a call after one that ended with an error in its third step."""
+    pipe = parallelize(PIPELINES[family](scheduler), plan, mesh=mesh)
+    with pytest.raises(InterruptedError):
+        Call({"num_inference_steps": 4, "callback_on_step_end": StopAt(2)}, seed=1)(pipe, mesh.get_rank())
+    return call(pipe, rank=mesh.get_rank())
+
+
+def shrink_latents(pipe: Any, step: int, timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """A callback that changes the latents of the second step."""
+    return {"latents": kwargs["latents"] * (0.5 if step == 1 else 1.0)}
+
+
+def draw_and_restore(mesh: DeviceMesh, family: str, scheduler: str, plan: str, call: Call) -> dict[str, bool]:
+    """Whether a pipeline that was parallelized, used and restored is what it was after a plain call."""
+    pipe = PIPELINES[family](scheduler)
+    before = call(pipe)
+    kind, parameters = type(pipe), dict(pipe.unet.state_dict(keep_vars=True))
+    names = set(vars(pipe)), set(vars(pipe.scheduler))
+    parallelize(pipe, plan, mesh=mesh)
+    still_of_its_class = isinstance(pipe, kind) and type(pipe).__name__ == kind.__name__
+    call(pipe, rank=mesh.get_rank())
+    unparallelize(pipe)
+    after = dict(pipe.unet.state_dict(keep_vars=True))
+    return {
+        "still of its class": still_of_its_class,
+        "class restored": type(pipe) is kind,
+        "attributes restored": names == (set(vars(pipe)), set(vars(pipe.scheduler))),
+        "forwards restored": not any("forward" in vars(module) for module in pipe.unet.modules()),
+        "same parameters": list(after) == list(parameters) and all(after[n] is parameters[n] for n in after),
+        "same bits": torch.equal(call(pipe), before),
+    }
+
+
+def draw_with_adapter(mesh: DeviceMesh, family: str, scheduler: str, plan: str | None, call: Call) -> torch.Tensor:
+    """The latents with a LoRA that was added after the pipeline was parallelized; plan None is one device."""
+    pipe = PIPELINES[family](scheduler)
+    if plan is not None:
+        parallelize(pipe, plan, mesh=mesh)
+    torch.manual_seed(3)
+    targets = ["to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2"]
+    pipe.unet.add_adapter(LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
+    pipe.unet.eval()
+    return call(pipe, rank=mesh.get_rank() if plan is not None else 0)
+
+
+def draw_until_lost(mesh: DeviceMesh, plan: str, last_words: Any) -> tuple[str, str]:
+    """Rank 1 gets a callback in which it stops answering; the type and text of the error that the others see."""
+    pipe = parallelize(PIPELINES["sd"]("ddim"), plan, mesh=mesh)
+    own = {"callback_on_step_end": last_words} if mesh.get_rank() == 1 else {}
+    try:
+        Call({"num_inference_steps": 4, **own})(pipe, rank=mesh.get_rank())
+    except (StepTimeout, RankFailed) as error:
+        return type(error).__name__, str(error)
+    return "", "no error"
+
+
+class Die:
+    """A callback in which the process ends, as one that is killed for its memory."""
+
+    def __call__(self, pipe: Any, step: int, timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        if step == 1:
+            os._exit(9)
+        return kwargs
+
+
+class Hang:
+    """A callback in which the process stays for long."""
+
+    def __call__(self, pipe: Any, step: int, timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        if step == 1:
+            time.sleep(3600)
+        return kwargs

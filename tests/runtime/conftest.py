@@ -7,10 +7,10 @@ from pathlib import Path
 
 import diffusers
 import pytest
-from runtime.tiny import write_sd, write_sdxl
 
 from distrifusion.load import load
 from distrifusion.runtime.spawned import SpawnedPipeline
+from runtime.tiny import write_sd, write_sdxl
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -9,11 +9,11 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from models import relative_error
 
 from distrifusion.errors import ConfigError
 from distrifusion.load import load
 from distrifusion.runtime.spawned import SpawnedPipeline
+from models import relative_error
 
 
 def latents(pipe: Any, **arguments: Any) -> torch.Tensor:

@@ -10,9 +10,9 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from models import relative_error
 
 from distrifusion.runtime.spawned import SpawnedPipeline
+from models import relative_error
 
 EXACT = 1e-5
 

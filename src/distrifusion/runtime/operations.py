@@ -23,6 +23,7 @@ class Open:
         threads: CPU threads of this rank.
         limit: seconds after which a collective gives up.
         bars: this rank draws the bars of loading.
+        argv: the caller's command line, which a factory of a script may read.
     """
 
     device: str
@@ -33,6 +34,7 @@ class Open:
     limit: float
     source: Source
     bars: bool
+    argv: tuple[str, ...]
 
 
 @dataclass(frozen=True)

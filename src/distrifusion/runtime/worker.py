@@ -111,6 +111,7 @@ class Worker:
 
     def _open(self, op: Open, request: int, generators: Generators) -> PipelineFacts:
         self.device = torch.device(op.device)
+        sys.argv[:] = op.argv
         if not op.bars:
             diffusers.utils.logging.disable_progress_bar()
             transformers.utils.logging.disable_progress_bar()

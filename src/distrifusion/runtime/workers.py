@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -151,8 +152,17 @@ class Workers:
         # The caller judges time; the collectives' own limit only frees a rank that nobody judges any more.
         limit = max(crew.step_timeout, crew.start_timeout) + 60
         bars = [log.is_progress_bar_enabled() for log in (diffusers.utils.logging, transformers.utils.logging)]
-        device, plan = str(crew.devices[rank]), str(crew.plan)
-        op = Open(device, crew.backend, plan, port, crew.threads, limit, crew.source, rank == 0 and all(bars))
+        op = Open(
+            device=str(crew.devices[rank]),
+            backend=crew.backend,
+            plan=str(crew.plan),
+            port=port,
+            threads=crew.threads,
+            limit=limit,
+            source=crew.source,
+            bars=rank == 0 and all(bars),
+            argv=tuple(sys.argv),
+        )
         return pack(op, modules=True)[0]
 
     def _running(self) -> Processes:

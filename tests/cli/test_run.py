@@ -1,0 +1,106 @@
+"""`distrifusion run` as a person types it."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner, Result
+
+import distrifusion
+from distrifusion.cli import app
+from runtime.tiny import write_sdxl
+
+SOURCE = Path(distrifusion.__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_sdxl(tmp_path_factory.mktemp("cli"))
+
+
+def run(*words: object) -> Result:
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+def test_two_devices_compared_with_one(folder: Path, tmp_path: Path) -> None:
+    words = ["run", folder, "--prompt=a lake", "--devices=2", "--steps=3", "--size=72x64", "--seed=7", "--compare"]
+    done = subprocess.run(
+        [sys.executable, "-m", "distrifusion", *words, "--guidance=3", "--scheduler=euler", "-o", tmp_path / "a.png"],
+        env={**os.environ, "PYTHONPATH": str(SOURCE)},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr
+    first, second = done.stdout.strip().splitlines()
+    assert re.match(
+        r"cfg2 on 2 CPU processes of \d+ threads?: \S+ s per step, \S+ s in all, seed 7, picture in ", first
+    )
+    assert first.endswith(str(tmp_path / "a.png"))
+    psnr = re.search(r"against 1 CPU process of .*x per step, .*x in all, PSNR (\S+) dB, SSIM (\S+), ", second)
+    assert psnr is not None and float(psnr[1]) > 60 and float(psnr[2]) > 0.999
+    assert Image.open(tmp_path / "a.png").size == (72, 64)
+    assert Image.open(tmp_path / "a-compare.png").size[0] > 3 * 72
+    assert "3/3" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_one_device_in_this_process(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "one.jpg"
+    done = run("run", folder, "-p", "a", "-d", "cpu", "--steps", "1", "--dtype", "bfloat16", "-o", out)
+    assert done.exit_code == 0, done.stderr
+    assert re.match(r"patch1 on 1 CPU process: .* seed \d+, picture in .*one\.jpg\n$", done.stdout)
+    assert Image.open(out).size == (64, 64)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--plan", "pach2"], "did you mean 'patch2'"),
+        (["--plan", "patch3", "--devices", "2"], "nearest plan for 2"),
+        (["--devices", "0"], "devices=0"),
+        (["--devices", "gpu"], "none of"),
+        (["--size", "100x64"], "width=100 must be a multiple of 8; the nearest is 96 or 104"),
+        (["--size", "0x64"], "width=0"),
+        (["--size", "big"], "WIDTHxHEIGHT"),
+        (["--steps", "-3"], "num_inference_steps=-3"),
+        (["--guidance", "nan"], "finite"),
+        (["--scheduler", "eular"], "scheduler 'eular'"),
+        (["--dtype", "int8"], "dtype 'int8'"),
+        (["--out", "/nowhere/at/all/a.png"], "there is no folder '/nowhere/at/all'"),
+        (["--out", "a.pictures"], "use .png"),
+        (["--out", "/"], "is a folder"),
+        (["--devices", "1", "--compare"], "--compare compares with one device"),
+    ],
+)
+def test_bad_values_are_one_clear_line(folder: Path, words: list[str], says: str) -> None:
+    done = run("run", folder, "--prompt", "a", *words)
+    assert done.exit_code == 2
+    assert says in done.stderr and done.stderr.startswith("distrifusion: ")
+    assert done.stderr.count("\n") == 1 and done.stdout == ""
+
+
+@pytest.mark.parametrize("model", ["/nowhere/at/all", "dmeo", "/"])
+def test_bad_models(model: str) -> None:
+    done = run("run", model, "--prompt", "a")
+    assert done.exit_code == 2 and done.stderr.startswith("distrifusion: ") and model in done.stderr
+
+
+@pytest.mark.parametrize("words", [["--steps", "many"], ["--seed", "-1"], ["--nonsense", "1"], []])
+def test_bad_options(folder: Path, words: list[str]) -> None:
+    done = run("run", folder, *words)
+    assert done.exit_code == 2 and "Traceback" not in done.stderr
+
+
+def test_help_and_version() -> None:
+    assert "run" in run().stdout + run().stderr
+    shown = run("run", "--help")
+    assert shown.exit_code == 0
+    for option in ("--prompt", "--devices", "--plan", "--size", "--steps", "--seed", "--compare"):
+        assert option in shown.stdout
+    assert run("--version").stdout == f"distrifusion {distrifusion.__version__}\n"

@@ -1,0 +1,118 @@
+"""Plain scripts, torchrun, and that nobody is left behind."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import distrifusion
+
+SOURCE = Path(distrifusion.__file__).parents[1]
+
+SCRIPT = """
+import sys
+import diffusers
+from distrifusion.load import load
+
+def build():
+    return diffusers.DiffusionPipeline.from_pretrained(sys.argv[1] if len(sys.argv) > 1 else FOLDER)
+
+FOLDER = sys.argv[1]
+pipe = load(build, devices=2)
+image = pipe("a lake", num_inference_steps=2).images[0]
+print("drawn", image.size, *pipe.pids, flush=True)
+if sys.stdin.readline() == "draw\\n":
+    pipe("a lake", num_inference_steps=1_000_000)
+"""
+
+RANK = """
+import sys
+import torch
+from distrifusion.load import load
+
+with load(sys.argv[1], plan="patch2.displaced.w1") as pipe:
+    generator = torch.Generator().manual_seed(4)
+    steps = []
+    latents = pipe(
+        "a lake", num_inference_steps=3, generator=generator, output_type="latent",
+        callback_on_step_end=lambda p, i, t, k: (steps.append(i), k)[1],
+    ).images
+    assert steps == [0, 1, 2] and len(pipe.devices) == 2 and str(pipe.plan) == "patch2.displaced.w1"
+    torch.save(latents, f"{sys.argv[2]}/{pipe.rank}.pt")
+assert not torch.distributed.is_initialized()
+"""
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": "1"}
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+def gone_within(pids: list[int], seconds: float) -> bool:
+    until = time.monotonic() + seconds
+    while any(map(is_alive, pids)):
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.1)
+    return True
+
+
+def start(tmp_path: Path, folder: Path) -> tuple[subprocess.Popen[str], list[int]]:
+    """Run the script without a main guard; returns it and its workers' ids after its first picture."""
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    process = subprocess.Popen(
+        [sys.executable, script, folder],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env=environment(),
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("drawn (64, 64)"):
+            return process, [int(word) for word in line.split()[-2:]]
+    raise AssertionError(f"the script left with {process.wait()} and drew nothing")
+
+
+def test_a_plain_script_that_just_ends_leaves_nobody(tmp_path: Path, sdxl_folder: Path) -> None:
+    process, pids = start(tmp_path, sdxl_folder)
+    process.communicate("end\n", timeout=60)
+    assert process.returncode == 0
+    assert not any(map(is_alive, pids))
+
+
+def test_a_killed_parent_leaves_nobody_even_within_a_call(tmp_path: Path, sdxl_folder: Path) -> None:
+    process, pids = start(tmp_path, sdxl_folder)
+    assert process.stdin is not None
+    process.stdin.write("draw\n")
+    process.stdin.flush()
+    time.sleep(0.5)
+    process.kill()
+    process.wait()
+    assert gone_within(pids, 10)
+
+
+def test_torchrun_ranks_join(tmp_path: Path, sdxl_folder: Path) -> None:
+    import torch
+
+    script = tmp_path / "rank.py"
+    script.write_text(RANK)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*launch, script, sdxl_folder, tmp_path], env=environment(), capture_output=True, text=True, timeout=280
+    )
+    assert done.returncode == 0, done.stderr
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert torch.equal(first, second)

@@ -57,10 +57,11 @@ def test_more_warm_up_and_fewer_stale_kinds_are_nearer(
     call = Call({"num_inference_steps": 4})
     reference = alone(family, scheduler, call)
     no_warmup, warm, keys_only = (
-        worst(gloo, family, scheduler, f"{plan}.displaced.{words}", call, reference) for words in ("w0", "w2", "kv.w2")
+        worst(gloo, family, scheduler, f"{plan}.displaced.{words}", call, reference) for words in ("w0", "w1", "kv.w1")
     )
     broken = relative_error(without_exchange(family, scheduler, Plan.parse(plan), call), reference)
-    assert EXACT < keys_only < warm < no_warmup < broken
+    assert warm > EXACT
+    assert keys_only < warm < no_warmup < broken
 
 
 @pytest.mark.parametrize(

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import time
+from datetime import timedelta
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from peft import LoraConfig
 from pipelines import PIPELINES, Call
 from torch.distributed.device_mesh import DeviceMesh
@@ -91,30 +93,32 @@ def draw_with_adapter(mesh: DeviceMesh, family: str, scheduler: str, plan: str |
     return call(pipe, rank=mesh.get_rank() if plan is not None else 0)
 
 
-def draw_until_lost(mesh: DeviceMesh, plan: str, last_words: Any) -> tuple[str, str]:
-    """Rank 1 gets a callback in which it stops answering; the type and text of the error that the others see."""
-    pipe = parallelize(PIPELINES["sd"]("ddim"), plan, mesh=mesh)
-    own = {"callback_on_step_end": last_words} if mesh.get_rank() == 1 else {}
+class Lose:
+    """A callback in which the process ends in its second step, as one that is killed for its memory.
+
+    Args:
+        silence: seconds for which it says nothing before.
+    """
+
+    def __init__(self, silence: float) -> None:
+        self.silence = silence
+
+    def __call__(self, pipe: Any, step: int, timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        if step == 1:
+            time.sleep(self.silence)
+            os._exit(9)
+        return kwargs
+
+
+def draw_until_lost(mesh: DeviceMesh, plan: str, limit: float, lose: Lose) -> tuple[str, str]:
+    """Rank 1 is lost; the type and text of the error that the others see, whose waits are limited to `limit` s."""
+    pipe = PIPELINES["sd"]("ddim")
+    limited = DeviceMesh.from_group(dist.new_group(timeout=timedelta(seconds=limit)), "cpu")
+    parallelize(pipe, plan, mesh=limited)
+    own = {"callback_on_step_end": lose} if mesh.get_rank() == 1 else {}
+    dist.barrier()
     try:
         Call({"num_inference_steps": 4, **own})(pipe, rank=mesh.get_rank())
     except (StepTimeout, RankFailed) as error:
         return type(error).__name__, str(error)
     return "", "no error"
-
-
-class Die:
-    """A callback in which the process ends, as one that is killed for its memory."""
-
-    def __call__(self, pipe: Any, step: int, timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-        if step == 1:
-            os._exit(9)
-        return kwargs
-
-
-class Hang:
-    """A callback in which the process stays for long."""
-
-    def __call__(self, pipe: Any, step: int, timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-        if step == 1:
-            time.sleep(3600)
-        return kwargs

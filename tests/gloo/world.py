@@ -25,6 +25,9 @@ _PRELOADED = [
     "diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl",
 ]
 
+# Seconds that the others have once a rank has failed: they wait for it, and what they say is not the cause.
+_AFTER_AN_ERROR = 10.0
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -47,6 +50,7 @@ class GlooWorld:
         self.num_ranks = num_ranks
         self.timeout = timeout
         self._ranks: list[tuple[multiprocessing.process.BaseProcess, Connection]] = []
+        self._folder = tempfile.TemporaryDirectory()
 
     def run(self, work: Callable[..., Any], *args: Any, ranks: int | None = None) -> list[Any]:
         """The results, by rank, of `work(mesh, *args)` on the first `ranks` ranks (all, if None).
@@ -62,27 +66,34 @@ class GlooWorld:
         return [answer.value for answer in answers]
 
     def ask(self, work: Callable[..., Any], *args: Any, ranks: int | None = None) -> list[Answer]:
-        """As `run`, but errors and deaths of ranks are answers."""
+        """As `run`, but errors and deaths of ranks are answers; a world that lost a rank is started anew."""
         self._start()
         asked = self._ranks[:ranks]
         for _, connection in asked:
             connection.send_bytes(pickle.dumps((work, len(asked), args)))
-        return self._collect([connection for _, connection in asked])
+        answers = self._collect([connection for _, connection in asked])
+        if any(answer.died for answer in answers):
+            self.stop()
+        return answers
 
     def stop(self) -> None:
-        """End the processes."""
-        for process, connection in self._ranks:
+        """End the processes: a closed connection ends a rank, unless it waits for another one."""
+        for _, connection in self._ranks:
             connection.close()
+        for process, _ in self._ranks:
+            process.join(3.0)
             process.kill()
             process.join()
         self._ranks = []
+        self._folder.cleanup()
 
     def _start(self) -> None:
         if self._ranks:
             return
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(_PRELOADED)
-        meeting = Path(tempfile.mkdtemp()) / "gloo"
+        self._folder = tempfile.TemporaryDirectory()
+        meeting = Path(self._folder.name) / "gloo"
         for rank in range(self.num_ranks):
             ours, theirs = context.Pipe()
             arguments = (rank, self.num_ranks, str(meeting), self.timeout, theirs)
@@ -93,15 +104,18 @@ class GlooWorld:
 
     def _collect(self, connections: Sequence[Connection]) -> list[Answer]:
         answers: dict[Connection, Answer] = {}
+        patience = 2 * self.timeout
         while len(answers) < len(connections):
             missing = [connection for connection in connections if connection not in answers]
-            ready = wait(missing, 2 * self.timeout)
+            ready = wait(missing, patience)
             for connection in ready:
                 assert isinstance(connection, Connection)
                 try:
                     answers[connection] = pickle.loads(connection.recv_bytes())
                 except (EOFError, ConnectionResetError):
                     answers[connection] = Answer(died=True)
+                if answers[connection].error:
+                    patience = _AFTER_AN_ERROR
             if not ready:
                 answers.update((connection, Answer(error="no answer in time")) for connection in missing)
         return [answers[connection] for connection in connections]

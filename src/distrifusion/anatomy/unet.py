@@ -21,8 +21,9 @@ _POINTWISE = (nn.Linear, nn.SiLU, nn.GELU, nn.Mish, nn.ReLU, nn.Dropout, nn.Iden
 # Their own code only calls their children, adds, multiplies and reshapes.
 _CONTAINERS = {
     "ApproximateGELU", "BasicTransformerBlock", "CrossAttnDownBlock2D", "CrossAttnUpBlock2D", "DownBlock2D",
-    "FeedForward", "GEGLU", "GELU", "ModuleDict", "ModuleList", "ParameterDict", "ResnetBlock2D", "Sequential",
-    "Transformer2DModel", "UNet2DConditionModel", "UNetMidBlock2D", "UNetMidBlock2DCrossAttn", "UpBlock2D",
+    "FeedForward", "GEGLU", "GELU", "IPAdapterAttnProcessor", "IPAdapterAttnProcessor2_0", "ModuleDict", "ModuleList",
+    "ParameterDict", "ResnetBlock2D", "Sequential", "Transformer2DModel", "UNet2DConditionModel", "UNetMidBlock2D",
+    "UNetMidBlock2DCrossAttn", "UpBlock2D",
 }  # fmt: skip
 # Subtrees that see the timestep, the text or labels, not the picture.
 _EMBEDDINGS = ("time_proj", "time_embedding", "class_embedding", "add_time_proj", "add_embedding", "encoder_hid_proj")

@@ -48,22 +48,23 @@ class ParallelDenoiser:
         self._grid = RankGrid(plan, transport.rank)
         self._patch = PatchStrategy(self.exchange, plan.split)
         self._attachment = Attachment()
-        self._modules: tuple[int, ...] = ()
+        self._modules: tuple[nn.Module, ...] = ()
 
     def attach(self) -> None:
         """Put the strategies on the model's layers."""
         sites = self._anatomy.sites(self.model)
-        self._modules = _identity(self.model)
+        self._modules = tuple(self.model.modules())
         self._patch.attach(sites, self._attachment)
         self._attachment.replace(self.model, "forward", partial(partial, self.run))
 
     def detach(self) -> None:
         """Restore the model as it was."""
         self._attachment.detach()
+        self._modules = ()
 
     def refresh(self) -> None:
         """Look at the layers again: what has no rule is refused, what was added (an adapter) is attached."""
-        if _identity(self.model) == self._modules:
+        if tuple(self.model.modules()) == self._modules:
             self._anatomy.sites(self.model)
         else:
             self.detach()
@@ -126,10 +127,6 @@ class ParallelDenoiser:
     def _block(self, full: torch.Tensor, rows: Interval, band: Interval) -> torch.Tensor:
         dim = 2 if self.plan.split is Split.ROWS else 3
         return full[rows.start : rows.stop].narrow(dim, band.start, len(band))
-
-
-def _identity(model: nn.Module) -> tuple[int, ...]:
-    return tuple(id(module) for module in model.modules())
 
 
 def _take_rows(call: BoundCall, rows: Interval, num_rows: int) -> BoundCall:

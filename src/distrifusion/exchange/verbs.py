@@ -67,6 +67,7 @@ class Exchange:
         """Start a denoiser call."""
         self._policy = policy
         self._seen.clear()
+        self._deferred.clear()  # of a call that failed half way
         if policy.state is not None and policy.stale:
             policy.state.pack()
 

@@ -1,13 +1,14 @@
-"""LoRA layers added before or after attaching: the divided model equals one device that has them too."""
+"""Adapters added before or after attaching: the divided model equals one device that has them too."""
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from division import EXACT, on_ranks
+from division import EXACT, on_ranks, run_request
 from peft import LoraConfig
 
 from distrifusion.denoiser import ParallelDenoiser
@@ -72,13 +73,7 @@ def test_an_adapter_equals_one_device_with_it(
 
     def work(model: UNet2DConditionModel, denoiser: ParallelDenoiser) -> list[torch.Tensor]:
         prepare(model, denoiser)
-        denoiser.open("request")
-        outputs = []
-        for inputs in steps:
-            denoiser.slot = 0
-            outputs.append(model(**inputs).sample)
-        denoiser.close()
-        return outputs
+        return run_request(model, denoiser, steps)
 
     for outputs in on_ranks(sdxl, plan, work):
         assert max(map(relative_error, outputs, references)) <= EXACT
@@ -104,3 +99,87 @@ def test_an_adapter_taken_off_again_leaves_the_model_as_it_was(sdxl: UNet2DCondi
     for divided, detached in on_ranks(sdxl, "patch2", work):
         assert relative_error(divided, reference) <= EXACT
         assert torch.equal(detached, reference)
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.5])
+def test_an_adapters_scale_is_that_of_the_call(sdxl: UNet2DConditionModel, scale: float) -> None:
+    lora = LoraConfig(r=3, target_modules=ATTENTION, init_lora_weights=False)
+    source = adapted(sdxl, lora)
+    inputs = {**unet_inputs(sdxl, 2, 25, 17), "cross_attention_kwargs": {"scale": scale}}
+
+    def work(model: UNet2DConditionModel, denoiser: ParallelDenoiser) -> torch.Tensor:
+        add(model, lora, source)
+        denoiser.refresh()
+        return model(**inputs).sample
+
+    with torch.no_grad():
+        reference = source(**inputs).sample
+    assert all(relative_error(output, reference) <= EXACT for output in on_ranks(sdxl, "cfg2.patch2", work))
+
+
+def test_an_adapter_exchanged_for_another_of_the_same_form_is_attached(sdxl: UNet2DConditionModel) -> None:
+    """The new layers may lie at the addresses of the old ones."""
+    lora = LoraConfig(r=3, target_modules=ATTENTION + CONVOLUTIONS, init_lora_weights=False)
+    inputs = unet_inputs(sdxl, 1, 25, 17)
+    first, second = adapted(sdxl, lora), adapted(sdxl, lora)
+    with torch.no_grad():
+        for name, parameter in second.named_parameters():
+            if "lora_" in name:
+                parameter.neg_().mul_(1.5)
+        reference = second(**inputs).sample
+
+    def work(model: UNet2DConditionModel, denoiser: ParallelDenoiser) -> tuple[torch.Tensor, bool]:
+        add(model, lora, first)
+        denoiser.refresh()
+        old = {id(module) for name, module in model.named_modules() if "lora_" in name}
+        model.unload_lora()
+        gc.collect()
+        add(model, lora, second)
+        reused = bool(old & {id(module) for module in model.modules()})
+        denoiser.refresh()
+        return model(**inputs).sample, reused
+
+    for output, reused in on_ranks(sdxl, "patch2", work):
+        assert relative_error(output, reference) <= EXACT
+        assert not reused, "a refresh that knows modules by their addresses could take the new ones for the old"
+
+
+def image_prompt(unet: UNet2DConditionModel) -> dict[str, dict[str, torch.Tensor]]:
+    """The weights of an IP-Adapter for images embedded in 10 channels."""
+    generator = torch.Generator().manual_seed(6)
+    channels = unet.config.cross_attention_dim
+
+    def noise(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator)
+
+    projection = {"proj.weight": noise(4 * channels, 10), "proj.bias": noise(4 * channels)}
+    norm = {"norm.weight": noise(channels), "norm.bias": noise(channels)}
+    attentions = {}
+    crossing = [name for name in unet.attn_processors if name.endswith("attn2.processor")]
+    for i, name in enumerate(crossing):
+        layer = unet.get_submodule(name.removesuffix(".processor"))
+        for piece in ("k", "v"):
+            attentions[f"{2 * i + 1}.to_{piece}_ip.weight"] = noise(layer.inner_dim, channels)
+    return {"image_proj": {**projection, **norm}, "ip_adapter": attentions}
+
+
+@pytest.mark.parametrize("plan", ["patch3.displaced.w1", "cfg2.patch2"])
+def test_an_image_prompt_equals_one_device(unets: dict[str, UNet2DConditionModel], plan: str) -> None:
+    plain = unets["sd_unet"]
+    weights = image_prompt(plain)
+    images = torch.randn(2, 1, 10, generator=torch.Generator().manual_seed(7))
+    x = {**unet_inputs(plain, 2, 25, 17), "added_cond_kwargs": {"image_embeds": [images]}}
+    steps = [x, moved(x), moved(x)]
+    source = share_weights(plain)
+    source._load_ip_adapter_weights([weights], low_cpu_mem_usage=False)
+
+    def work(model: UNet2DConditionModel, denoiser: ParallelDenoiser) -> list[torch.Tensor]:
+        model._load_ip_adapter_weights([weights], low_cpu_mem_usage=False)  # what it does else is for one thread only
+        denoiser.refresh()
+        return run_request(model, denoiser, steps)
+
+    with torch.no_grad():
+        references = [source(**inputs).sample for inputs in steps]
+        assert relative_error(references[0], plain(**x).sample) > 1e-2
+    for outputs in on_ranks(plain, plan, work):
+        assert max(map(relative_error, outputs, references)) <= EXACT

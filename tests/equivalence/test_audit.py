@@ -179,3 +179,17 @@ def test_an_argument_that_cannot_be_cut_is_named(arguments: dict[str, Any], name
     ParallelDenoiser(unet, Plan(patch=2), one_of_two()).attach()
     with pytest.raises(ConfigError, match=named):
         unet(**unet_inputs(unet, 1, 25, 17), **arguments)
+
+
+def test_a_refusal_leaves_the_model_alone_until_the_change_is_undone_and_then_divides_it_again() -> None:
+    unet = sdxl_unet()
+    denoiser = ParallelDenoiser(unet, Plan(patch=2), one_of_two())
+    denoiser.attach()
+    divided = replaced(unet)
+    intact = unet.mid_block.resnets[1].nonlinearity
+    pooling(unet)
+    with pytest.raises(UnsupportedModel):
+        denoiser.refresh()
+    unet.mid_block.resnets[1].nonlinearity = intact
+    denoiser.refresh()
+    assert replaced(unet) == divided

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from division import EXACT, errors, predictions
+from division import EXACT, errors, on_ranks, predictions, run_request
 
+from distrifusion.denoiser import ParallelDenoiser
 from models import moved, relative_error, sdxl_unet, to_dtype, unet_inputs
 
 HALF = [torch.float16, torch.bfloat16]
@@ -34,6 +35,23 @@ def test_half_precision_is_as_near_to_fp32_as_one_device(half_unet: UNet2DCondit
         assert all(output.dtype == half_unet.dtype for output in outputs)
         for output, reference, error in zip(outputs, truth, alone, strict=True):
             assert 0 < relative_error(output, reference) <= 1.25 * error
+
+
+def test_autocast_is_as_near_to_fp32_as_one_device(sdxl: UNet2DConditionModel) -> None:
+    x = unet_inputs(sdxl, 2, 25, 17)
+    steps = [x, moved(x), moved(x)]
+    with torch.no_grad():
+        truth = [sdxl(**inputs).sample for inputs in steps]
+        with torch.autocast("cpu", torch.bfloat16):
+            alone = [relative_error(sdxl(**inputs).sample, t) for inputs, t in zip(steps, truth, strict=True)]
+
+    def work(model: UNet2DConditionModel, denoiser: ParallelDenoiser) -> list[torch.Tensor]:
+        with torch.autocast("cpu", torch.bfloat16):
+            return run_request(model, denoiser, steps)
+
+    for outputs in on_ranks(sdxl, "cfg2.patch2.displaced.w1", work):
+        for output, reference, error in zip(outputs, truth, alone, strict=True):
+            assert EXACT < relative_error(output, reference) <= 1.25 * error
 
 
 @pytest.mark.parametrize("plan", ["patch3.displaced.w1", "patch2.columns.displaced.w1", "patch8", "cfg2"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from division import EXACT, Inputs, errors, on_ranks, run_request
@@ -107,3 +108,36 @@ def test_another_batch_within_a_request_starts_synchronously(sdxl: UNet2DConditi
     two, one = unet_inputs(sdxl, 2, 25, 17), unet_inputs(sdxl, 1, 25, 17, seed=5)
     by_step = errors(sdxl, "cfg2.patch2.displaced.w0", [two, two, one, one])
     assert max(by_step) <= EXACT
+
+
+class Stumble(Exception):
+    """Raised by a layer in the middle of a call."""
+
+
+def test_a_call_that_failed_half_way_leaves_nothing_to_the_next_request(sdxl: UNet2DConditionModel) -> None:
+    first = [unet_inputs(sdxl, 1, 25, 17, seed=seed) for seed in (1, 2)]
+    second = [unet_inputs(sdxl, 1, 25, 17, seed=seed) for seed in (4, 5)]
+
+    def stumble(*_: object) -> None:
+        raise Stumble
+
+    def after_a_failure(model: UNet2DConditionModel, denoiser: ParallelDenoiser) -> tuple[list[torch.Tensor], int]:
+        denoiser.open(1)
+        model(**first[0])
+        denoiser.slot = 0
+        attention = model.mid_block.attentions[0].transformer_blocks[0].attn1
+        hook = attention.to_out[0].register_forward_pre_hook(stumble)  # its keys and values are not posted yet
+        with pytest.raises(Stumble):
+            model(**first[1])
+        hook.remove()
+        denoiser.close()
+        return counted(model, denoiser)
+
+    def counted(model: UNet2DConditionModel, denoiser: ParallelDenoiser) -> tuple[list[torch.Tensor], int]:
+        before = denoiser.exchange.num_posts
+        return run_request(model, denoiser, second, request=2), denoiser.exchange.num_posts - before
+
+    failed, fresh = on_ranks(sdxl, PLAN, after_a_failure), on_ranks(sdxl, PLAN, counted)
+    for (outputs, num_posts), (expected, num_expected) in zip(failed, fresh, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(outputs, expected, strict=True))
+        assert num_posts == num_expected

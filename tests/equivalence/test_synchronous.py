@@ -9,7 +9,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from division import EXACT, errors, on_ranks, predictions
 
-from models import relative_error, unet_inputs
+from models import relative_error, sdxl_unet, unet_inputs
 
 # plan, batch, height, width of the latents
 EVERY_FAMILY = [
@@ -86,6 +86,28 @@ def test_a_call_by_position_that_wants_a_tuple_gets_one(sdxl: UNet2DConditionMod
     by_rank = on_ranks(sdxl, "patch3", lambda model, _: model(sample, timestep, text, return_dict=False, **inputs))
     assert all(isinstance(output, tuple) and len(output) == 1 for output in by_rank)
     assert max(relative_error(output[0], reference) for output in by_rank) <= EXACT
+
+
+@pytest.mark.parametrize(
+    ("config", "arguments"),
+    [
+        ({"in_channels": 9}, {"sample": torch.randn(2, 9, 17, 9, generator=torch.Generator().manual_seed(1))}),
+        ({"time_cond_proj_dim": 8}, {"timestep_cond": torch.randn(2, 8, generator=torch.Generator().manual_seed(1))}),
+        ({"num_class_embeds": 3}, {"class_labels": torch.tensor([2, 0])}),
+        ({"conv_in_kernel": 5}, {}),
+        ({"conv_out_kernel": 1}, {}),
+        ({"layers_per_block": 2, "norm_num_groups": 16}, {}),
+        ({"resnet_time_scale_shift": "scale_shift"}, {}),
+        ({"mid_block_type": "UNetMidBlock2D"}, {}),
+    ],
+    ids=lambda value: ", ".join(value),
+)
+def test_relatives_of_the_families_equal_one_device(config: dict[str, Any], arguments: dict[str, Any]) -> None:
+    """Inpainting (9 channels), consistency distillation, class labels, and other kernels and norms."""
+    unet = sdxl_unet(**config)
+    inputs = {**unet_inputs(unet, 2, 17, 9), **arguments}
+    assert max(errors(unet, "cfg2.patch2", [inputs])) <= EXACT
+    assert max(errors(unet, "patch3.columns", [inputs])) <= EXACT
 
 
 def residuals(unet: UNet2DConditionModel, inputs: dict[str, Any]) -> dict[str, Any]:

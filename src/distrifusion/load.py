@@ -48,8 +48,8 @@ def load(
             None: as many as the plan has ranks; without a plan all GPUs, or one CPU.
         plan: what to divide, such as "cfg2.patch2" or "patch4.displaced.w4". None: the exact plan for the devices.
         backend: "gloo" for CPU ranks, "nccl" for GPU ranks. None: the one that fits the devices.
-        threads: CPU threads of every rank, at least 1. None: the cores divided by the CPU ranks; one device, and a
-            rank of torchrun, keep their process's own setting.
+        threads: CPU threads of every rank, at least 1. None: the cores divided by the ranks; one device, and a rank
+            of torchrun, keep their process's own setting.
         step_timeout: seconds without a finished step after which a call is given up.
         start_timeout: seconds that starting the workers and reading the weights may take.
         from_pretrained: keywords for `DiffusionPipeline.from_pretrained`, such as torch_dtype=torch.float16.

@@ -9,6 +9,8 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from diffusers.utils import convert_state_dict_to_diffusers
+from peft import LoraConfig, get_peft_model_state_dict
 
 from distrifusion.errors import ConfigError
 from distrifusion.load import load
@@ -48,6 +50,23 @@ def test_methods_run_on_every_rank(one: Any, two: SpawnedPipeline) -> None:
     assert two.vae.use_slicing is True
     two.vae.use_slicing = False
     assert two.vae.use_slicing is False
+
+
+def test_lora_is_loaded_on_every_rank(one: Any, two: SpawnedPipeline, tmp_path: Path) -> None:
+    plain = latents(one)
+    torch.manual_seed(0)
+    one.unet.add_adapter(
+        LoraConfig(r=2, lora_alpha=2, init_lora_weights=False, target_modules=["to_q", "to_v"]), "mine"
+    )
+    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(one.unet, adapter_name="mine"))
+    one.save_lora_weights(tmp_path, unet_lora_layers=layers)
+    adapted = latents(one)
+    one.delete_adapters("mine")
+    assert relative_error(adapted, plain) > 1e-3
+    two.load_lora_weights(tmp_path, adapter_name="mine")
+    assert relative_error(latents(two), adapted) < 1e-5
+    two.unload_lora_weights()
+    assert relative_error(latents(two), plain) < 1e-5
 
 
 def test_saving_is_done_once(two: SpawnedPipeline, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,20 @@ def other_files(folder: Path) -> object:
 def test_sources(tmp_path: Path, make: Callable[[Path], object], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         load(make(tmp_path), devices=2)  # type: ignore[arg-type]
+
+
+def test_a_hub_id_is_looked_up_before_weights(sdxl_folder: Path, tmp_path: Path) -> None:
+    snapshot = tmp_path / "models--tiny--lake" / "snapshots" / ("0" * 40)
+    shutil.copytree(sdxl_folder, snapshot)
+    (tmp_path / "models--tiny--lake" / "refs").mkdir()
+    (tmp_path / "models--tiny--lake" / "refs" / "main").write_text("0" * 40)
+    cache = {"cache_dir": tmp_path, "local_files_only": True}
+    with load("tiny/lake", devices=1, **cache) as pipe:
+        assert pipe.vae_scale_factor == 8
+    with pytest.raises(ConfigError, match="did you mean torch_dtype="):
+        load("tiny/lake", devices=1, torch_dtipe=1, **cache)
+    with pytest.raises(ConfigError, match="'tiny/laek' is neither a folder here nor a pipeline the hub gives"):
+        load("tiny/laek", devices=1, **cache)
 
 
 def test_a_pipeline_object_is_sent_to_parallelize(one: Any) -> None:

@@ -81,6 +81,19 @@ def test_one_rank_ends_the_call_and_not_the_pipeline(
     assert pipe.pids == ()
 
 
+def test_ctrl_c_ends_the_call_and_the_workers(pipe: SpawnedPipeline) -> None:
+    def interrupt(*_: Any) -> dict[str, Any]:
+        raise KeyboardInterrupt
+
+    pids = pipe.pids
+    with pytest.raises(KeyboardInterrupt):
+        pipe("a", num_inference_steps=5, callback_on_step_end=interrupt)
+    assert pipe.pids == ()
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
 def test_a_restart_repeats_what_was_changed(pipe: SpawnedPipeline) -> None:
     assert isinstance(pipe.scheduler, diffusers.EulerDiscreteScheduler)
     assert pipe.vae.use_slicing is True

@@ -47,8 +47,8 @@ def parse(text: str) -> DeviceSpec:
 
 
 def threads_per_rank(devices: Sequence[torch.device]) -> int:
-    """CPU threads for one of these ranks when all compute on this machine's cores."""
-    return max(1, num_cores() // sum(device.type == "cpu" for device in devices))
+    """CPU threads for one of these ranks, which share this machine's cores whatever they compute on."""
+    return max(1, num_cores() // len(devices))
 
 
 def num_cores() -> int:
@@ -81,7 +81,8 @@ def _count(count: int, num_gpus: int, asked: str) -> tuple[torch.device, ...]:
     if count > num_gpus:
         raise ConfigError(
             f"{asked}, and this machine has {num_gpus} GPU{'s' * (num_gpus > 1)}; "
-            f"ask for at most {num_gpus}, or for CPU processes by naming them: devices={['cpu'] * min(count, 2)}"
+            f"ask for at most {num_gpus}, or name CPU processes: devices={['cpu'] * min(count, 2)}, "
+            "on the command line cpu,cpu"
         )
     return tuple(torch.device("cuda", index) for index in range(count))
 

@@ -352,6 +352,14 @@ def _spoken_errors() -> Iterator[None]:
     except (DistrifusionError, ValueError, OSError) as error:
         typer.echo(f"distrifusion: {error}", err=True)
         raise typer.Exit(_BAD_USE) from None
+    except RuntimeError as error:
+        # torch.OutOfMemoryError; by name, so that torch is not imported for it.
+        if type(error).__name__ != "OutOfMemoryError":
+            raise
+        typer.echo(
+            f"distrifusion: out of memory; use more devices, a smaller --size, or --dtype float16 ({error})", err=True
+        )
+        raise typer.Exit(_BAD_USE) from None
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import diffusers
 import pytest
 import torch
 
+from distrifusion.errors import ConfigError
 from distrifusion.runtime.spawned import SpawnedPipeline
 from models import relative_error
 
@@ -159,8 +160,13 @@ def test_a_callback_cannot_call_its_pipeline(two: SpawnedPipeline) -> None:
     def again(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         return pipe("b", num_inference_steps=1)
 
-    with pytest.raises(ValueError, match="cannot call the pipeline"):
+    def close(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        return pipe.close()
+
+    with pytest.raises(ConfigError, match="cannot call the pipeline"):
         two("a", num_inference_steps=1, callback_on_step_end=again)
+    with pytest.raises(ConfigError, match="cannot close the pipeline"):
+        two("a", num_inference_steps=1, callback_on_step_end=close)
 
 
 def test_progress_bar_is_drawn_here(two: SpawnedPipeline) -> None:

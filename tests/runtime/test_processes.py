@@ -25,7 +25,11 @@ pipe = load(build, devices=2)
 image = pipe("a lake", num_inference_steps=2).images[0]
 print("drawn", image.size, *pipe.pids, flush=True)
 if sys.stdin.readline() == "draw\\n":
-    pipe("a lake", num_inference_steps=1_000_000)
+    def tell(pipe, step, timestep, tensors):
+        print("step", step, flush=True)
+        return tensors
+
+    pipe("a lake", num_inference_steps=1000, callback_on_step_end=tell)
 """
 
 RANK = """
@@ -95,10 +99,10 @@ def test_a_plain_script_that_just_ends_leaves_nobody(tmp_path: Path, sdxl_folder
 
 def test_a_killed_parent_leaves_nobody_even_within_a_call(tmp_path: Path, sdxl_folder: Path) -> None:
     process, pids = start(tmp_path, sdxl_folder)
-    assert process.stdin is not None
+    assert process.stdin is not None and process.stdout is not None
     process.stdin.write("draw\n")
     process.stdin.flush()
-    time.sleep(0.5)
+    assert any(line == "step 3\n" for line in process.stdout)
     process.kill()
     process.wait()
     assert gone_within(pids, 10)

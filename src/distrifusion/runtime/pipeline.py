@@ -81,6 +81,10 @@ class LoadedPipeline(ABC):
     def close(self) -> None:
         """End what `load` started; a second close does nothing."""
         with self._lock:
+            if self._calling:
+                raise ConfigError(
+                    "a callback cannot close the pipeline that is calling it; set _interrupt to end the run"
+                )
             if not self._closed:
                 self.__dict__["_closed"] = True
                 self._end()
@@ -96,8 +100,8 @@ class LoadedPipeline(ABC):
         return f"<{type(self).__name__}: {state}>"
 
     def __getattr__(self, name: str) -> Any:
-        # Only names that are not found here; private names of Python's own protocols are not the pipeline's.
-        if name.startswith("__") or name in LoadedPipeline.__annotations__:
+        # Only names that are not found here; those of Python's and IPython's protocols are not the pipeline's.
+        if name.startswith(("__", "_repr_", "_ipython_")) or name in LoadedPipeline.__annotations__:
             raise AttributeError(name)
         if name in _REFUSED:
             return _Refused(name)

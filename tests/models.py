@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 
 import torch
 from diffusers import UNet2DConditionModel
 
 from distrifusion.anatomy.unet import UNetAnatomy
+from distrifusion.denoiser import ParallelDenoiser
 from distrifusion.partition import partition_levels
 from distrifusion.plan import Plan, Split
 
@@ -122,3 +124,19 @@ def band_by_band(unet: UNet2DConditionModel, inputs: dict[str, object], plan: Pl
     assert bands is not None, "the picture is too small to be cut"
     parts = [{**inputs, "sample": sample.narrow(dim, band.start, len(band))} for band in bands]
     return torch.cat([unet(**part).sample for part in parts], dim)
+
+
+def run_request(
+    model: UNet2DConditionModel,
+    denoiser: ParallelDenoiser,
+    steps: Sequence[dict[str, object]],
+    request: object = "request",
+) -> list[torch.Tensor]:
+    """The predictions of one request with one call per step."""
+    denoiser.open(request)
+    outputs = []
+    for inputs in steps:
+        denoiser.slot = 0
+        outputs.append(model(**inputs).sample)
+    denoiser.close()
+    return outputs

@@ -11,7 +11,7 @@ from diffusers import UNet2DConditionModel
 from distrifusion import Plan
 from distrifusion.denoiser import ParallelDenoiser
 from distrifusion.exchange.virtual import VirtualWorld
-from models import relative_error, share_weights
+from models import relative_error, run_request, share_weights
 
 T = TypeVar("T")
 Inputs = dict[str, Any]
@@ -32,19 +32,6 @@ def on_ranks(
             return work(model, denoiser)
 
     return VirtualWorld(Plan.parse(plan).num_ranks).run(body)
-
-
-def run_request(
-    model: UNet2DConditionModel, denoiser: ParallelDenoiser, steps: Sequence[Inputs], request: object = "request"
-) -> list[torch.Tensor]:
-    """The predictions of one request with one call per step."""
-    denoiser.open(request)
-    outputs = []
-    for inputs in steps:
-        denoiser.slot = 0
-        outputs.append(model(**inputs).sample)
-    denoiser.close()
-    return outputs
 
 
 def predictions(unet: UNet2DConditionModel, plan: str, steps: Sequence[Inputs]) -> list[list[torch.Tensor]]:

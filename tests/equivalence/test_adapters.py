@@ -8,11 +8,11 @@ from collections.abc import Callable
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from division import EXACT, on_ranks, run_request
+from division import EXACT, on_ranks
 from peft import LoraConfig
 
 from distrifusion.denoiser import ParallelDenoiser
-from models import moved, relative_error, share_weights, unet_inputs
+from models import moved, relative_error, run_request, share_weights, unet_inputs
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out"]
 CONVOLUTIONS = ["conv1", "conv2", "conv_in", "conv_out", "downsamplers.0.conv", "upsamplers.0.conv", "conv_shortcut"]

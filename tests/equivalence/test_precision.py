@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from division import EXACT, errors, on_ranks, predictions, run_request
+from division import EXACT, errors, on_ranks, predictions
 
 from distrifusion.denoiser import ParallelDenoiser
-from models import moved, relative_error, sdxl_unet, to_dtype, unet_inputs
+from models import moved, relative_error, run_request, sdxl_unet, to_dtype, unet_inputs
 
 HALF = [torch.float16, torch.bfloat16]
 

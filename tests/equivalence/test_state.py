@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from division import EXACT, Inputs, errors, on_ranks, run_request
+from division import EXACT, Inputs, errors, on_ranks
 
 from distrifusion.denoiser import ParallelDenoiser
-from models import moved, relative_error, unet_inputs
+from models import moved, relative_error, run_request, unet_inputs
 
 PLAN = "patch3.displaced.w0"
 

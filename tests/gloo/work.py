@@ -14,7 +14,10 @@ from peft import LoraConfig
 from pipelines import PIPELINES, Call
 from torch.distributed.device_mesh import DeviceMesh
 
-from distrifusion import RankFailed, StepTimeout, parallelize, unparallelize
+from distrifusion import Plan, RankFailed, StepTimeout, parallelize, unparallelize
+from distrifusion.denoiser import ParallelDenoiser
+from distrifusion.exchange.transport import Message, ProcessGroupTransport
+from models import run_request, sdxl_unet
 
 
 def draw(mesh: DeviceMesh, family: str, scheduler: str, plan: str, *calls: Call) -> list[torch.Tensor]:
@@ -122,3 +125,33 @@ def draw_until_lost(mesh: DeviceMesh, plan: str, limit: float, lose: Lose) -> tu
     except (StepTimeout, RankFailed) as error:
         return type(error).__name__, str(error)
     return "", "no error"
+
+
+def messages_of_one_tag(mesh: DeviceMesh) -> list[float]:
+    """What arrives from the other rank when three messages of one tag are waited for last to first."""
+    transport = ProcessGroupTransport(mesh.get_group())
+    peer = 1 - transport.rank
+    own = [torch.tensor([10.0 * transport.rank + i]) for i in range(3)]
+    boxes = [torch.zeros(1) for _ in own]
+    pending = [
+        transport.post([Message(peer, tensor, 5)], [Message(peer, box, 5)])
+        for tensor, box in zip(own, boxes, strict=True)
+    ]
+    for post in reversed(pending):
+        post.wait()
+    return [box.item() for box in boxes]
+
+
+def broadcast_words(mesh: DeviceMesh) -> list[str]:
+    """What a broadcast gives, twice."""
+    transport = ProcessGroupTransport(mesh.get_group())
+    return [transport.broadcast(f"{word} of {transport.rank}") for word in ("first", "second")]
+
+
+def predict(mesh: DeviceMesh, plan: str, steps: list[dict[str, Any]]) -> list[torch.Tensor]:
+    """The predictions of one request of a denoiser, one call per step."""
+    unet = sdxl_unet()
+    denoiser = ParallelDenoiser(unet, Plan.parse(plan), ProcessGroupTransport(mesh.get_group()))
+    denoiser.attach()
+    with torch.no_grad():
+        return run_request(unet, denoiser, steps)

@@ -44,7 +44,7 @@ class SpawnedPipeline(LoadedPipeline):
     def __init__(self, crew: Crew) -> None:
         super().__init__(crew.plan, crew.devices, crew.threads, rank=0)
         workers = Workers(crew)
-        # What was changed since loading, in order; a restart repeats it.
+        # What was changed since loading, in order, as (path, packed operation); a restart repeats it.
         own: dict[str, Any] = {"_workers": workers, "_changes": [], "_bar_config": {}}
         own["_finalizer"] = weakref.finalize(self, workers.close)
         self.__dict__.update(own)
@@ -60,11 +60,11 @@ class SpawnedPipeline(LoadedPipeline):
             return
         self._workers.start()
         try:
-            for change in self._changes:
-                self._ask(change)
-        except BaseException:
+            for _, payload in self._changes:
+                self._workers.request([payload] * len(self.devices), self._workers.crew.start_timeout)
+        except RaisedAlike as alike:
             self._workers.end()
-            raise
+            raise alike.failure.error() from alike.failure.cause()
 
     @property
     def pids(self) -> tuple[int, ...]:
@@ -83,13 +83,8 @@ class SpawnedPipeline(LoadedPipeline):
             (answer, _), *_ = self._ask(operation)
             if isinstance(answer, Same):
                 owner = path.rpartition(".")[0]
-                result = self._get(owner) if owner else self
-            else:
-                result = answer.value
-            # What returns nothing, or its own object, was called for its effect.
-            if result is None or isinstance(answer, Same):
-                self._remember(operation)
-            return result
+                return self._get(owner) if owner else self
+            return answer.value
 
     def _facts(self) -> PipelineFacts:
         self.start()
@@ -124,9 +119,7 @@ class SpawnedPipeline(LoadedPipeline):
         if isinstance(value, torch.nn.Module):
             raise ConfigError(f"{path} cannot be replaced by a {type(value).__name__} after loading; give it to load")
         self.start()
-        operation = Set(path, value)
-        self._ask(operation)
-        self._remember(operation)
+        self._ask(Set(path, value))
 
     def _end(self) -> None:
         self._finalizer()
@@ -149,15 +142,15 @@ class SpawnedPipeline(LoadedPipeline):
             _take_over(answers[0].randomness, generators, self.devices[0], with_cuda)
         if isinstance(operation, Invoke):
             _take_over(answers[0][1], generators, self.devices[0], with_cuda)
+        if not self._calling and _is_change(operation, answers[0]):
+            self._remember(operation, payload)
         return answers
 
-    def _remember(self, change: Set | Invoke) -> None:
+    def _remember(self, change: Set | Invoke, payload: bytes) -> None:
         """Note a change for a restart; a later setting of the same thing stands for the earlier ones."""
-        if self._calling:
-            return
         if isinstance(change, Set) or change.path.rpartition(".")[2].startswith("set_"):
-            self._changes[:] = [old for old in self._changes if old.path != change.path]
-        self._changes.append(change)
+            self._changes[:] = [(path, old) for path, old in self._changes if path != change.path]
+        self._changes.append((change.path, payload))
 
     def __dir__(self) -> Iterable[str]:
         facts = self._workers.facts
@@ -256,6 +249,13 @@ def _changes(given: Mapping[str, tuple[torch.Tensor, int]], returned: Any) -> tu
         return in_place, returned
     same = {name for name, value in returned.items() if name in given and value is given[name][0]}
     return in_place, {name: Unchanged if name in same else value for name, value in returned.items()}
+
+
+def _is_change(operation: Any, answer: Any) -> bool:
+    """True for a setting, and for a method that returned nothing or its own object: it was called for its effect."""
+    if not isinstance(operation, Invoke) or _for_one_rank(operation):
+        return isinstance(operation, Set)
+    return isinstance(answer[0], Same) or answer[0].value is None
 
 
 def _for_one_rank(operation: Any) -> bool:

@@ -21,9 +21,10 @@ from distrifusion.runtime.wire import Failure, PeerGone, Reply, Request, StepAns
 
 # Seconds between two looks at the board and the processes while ranks compute.
 _LOOK = 0.25
-# Seconds that other ranks get to fail likewise after one failed: an error of the arguments comes from all of them
-# within moments, and a rank whose peer failed alone waits in an exchange for ever.
+# Seconds that other ranks get to fail likewise after one failed. In the denoising loop they keep in step, and a rank
+# whose peer failed alone waits in an exchange for ever; outside it one may read weights much slower than another.
 _GRACE = 3.0
+_GRACE_OUTSIDE = 15.0
 # Seconds after a process has gone; its peers' errors are only consequences.
 _GRACE_GONE = 0.5
 # Seconds that a process may be stopped: Ctrl-Z stops and continues the caller and the workers one by one.
@@ -53,11 +54,6 @@ class _Answers:
 
     def note_trouble(self) -> None:
         self.trouble = self.trouble or time.monotonic()
-
-    @property
-    def settled(self) -> bool:
-        """Nothing more is to be waited for."""
-        return not self.waiting or _overdue(self.trouble, _GRACE_GONE if self.gone else _GRACE)
 
 
 class Workers:
@@ -172,7 +168,7 @@ class Workers:
 
     def _collect(self, number: int, answers: _Answers, limit: float, on_event: OnEvent | None) -> None:
         seen, progress = self._running().board.read(), time.monotonic()
-        while not answers.settled:
+        while not self._settled(answers):
             for rank in self._ready(answers):
                 message = self._hear(rank, answers)
                 if isinstance(message, Reply):
@@ -189,6 +185,13 @@ class Workers:
             self._look_for_stopped(answers)
             if _overdue(progress, limit):
                 raise self._timed_out(answers, limit)
+
+    def _settled(self, answers: _Answers) -> bool:
+        """True if nothing more is to be waited for."""
+        board = self._running().board
+        in_loop = any(board.step_of(rank) is not None for rank in answers.waiting)
+        grace = _GRACE_GONE if answers.gone else _GRACE if in_loop else _GRACE_OUTSIDE
+        return not answers.waiting or _overdue(answers.trouble, grace)
 
     def _ready(self, answers: _Answers) -> list[int]:
         started = self._running()

@@ -349,7 +349,7 @@ def _spoken_errors() -> Iterator[None]:
     except KeyboardInterrupt:
         typer.echo("distrifusion: interrupted", err=True)
         raise typer.Exit(_INTERRUPTED) from None
-    except (DistrifusionError, ValueError, OSError) as error:
+    except (DistrifusionError, ValueError, OSError, ImportError) as error:
         typer.echo(f"distrifusion: {error}", err=True)
         raise typer.Exit(_BAD_USE) from None
     except RuntimeError as error:

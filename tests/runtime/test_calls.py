@@ -100,6 +100,24 @@ def test_callback_runs_here_and_its_changes_hold_on_all_ranks(one: Any, two: Spa
     assert seen[:4] == seen[4:] and len(seen) == 8
 
 
+def test_a_callback_may_draw_numbers_of_its_own(one: Any, two: SpawnedPipeline) -> None:
+    latents = []
+    for pipe in (one, two):
+        generator = torch.Generator().manual_seed(1)
+        before = pipe.scheduler
+        pipe.scheduler = diffusers.EulerAncestralDiscreteScheduler.from_config(before.config)
+
+        def noise(p: Any, i: int, t: Any, tensors: dict[str, Any], source: Any = generator) -> dict[str, Any]:
+            drawn = torch.randn(tensors["latents"].shape, generator=source) + torch.randn(tensors["latents"].shape)
+            return {"latents": tensors["latents"] + 0.1 * drawn}
+
+        torch.manual_seed(2)
+        call = {"generator": generator, "num_inference_steps": 3, "output_type": "latent"}
+        latents.append(pipe("a", callback_on_step_end=noise, **call).images + torch.rand(1))
+        pipe.scheduler = before
+    assert relative_error(latents[1], latents[0]) < EXACT
+
+
 def test_callback_gets_the_tensors_it_asks_for(two: SpawnedPipeline) -> None:
     asked = ["latents", "prompt_embeds", "add_time_ids"]
     seen: list[str] = []

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-import torch
-
-from distrifusion.runtime.randomness import Streams
+from distrifusion.runtime.randomness import Randomness
 from distrifusion.runtime.source import Source
 from distrifusion.runtime.timing import RunTimes
 
@@ -46,7 +44,7 @@ class Call:
     """
 
     arguments: Mapping[str, Any]
-    streams: Streams
+    randomness: Randomness
     tensor_inputs: tuple[str, ...] | None
 
 
@@ -72,7 +70,7 @@ class Invoke:
     path: str
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
-    streams: Streams
+    randomness: Randomness
 
 
 @dataclass(frozen=True)
@@ -97,14 +95,6 @@ class Component:
 @dataclass(frozen=True)
 class Same:
     """The method returned its own object."""
-
-
-@dataclass(frozen=True)
-class Randomness:
-    """Random states as a request leaves them."""
-
-    streams: Streams
-    generators: Mapping[int, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from distrifusion.errors import ConfigError, RankFailed
 from distrifusion.runtime import call_checks, randomness
-from distrifusion.runtime.operations import Call, CallResult, Component, Get, Invoke, Method, Randomness, Same, Set
+from distrifusion.runtime.operations import Call, CallResult, Component, Get, Invoke, Method, Same, Set
 from distrifusion.runtime.pipeline import LoadedPipeline, tensor_inputs
 from distrifusion.runtime.processes import Crew
 from distrifusion.runtime.source import PipelineFacts
@@ -79,7 +79,8 @@ class SpawnedPipeline(LoadedPipeline):
         """Call the pipeline's method at `path` on every rank; returns rank 0's answer."""
         with self._turn(within_call=True):
             self.start()
-            operation = Invoke(path, args, kwargs, _streams(self.devices[0], torch.cuda.is_initialized()))
+            states = randomness.capture(self.devices[0], {}, torch.cuda.is_initialized())
+            operation = Invoke(path, args, kwargs, states)
             (answer, _), *_ = self._ask(operation)
             if isinstance(answer, Same):
                 owner = path.rpartition(".")[0]
@@ -95,8 +96,8 @@ class SpawnedPipeline(LoadedPipeline):
         names = None if callback is None else tensor_inputs(arguments)
         sent = {name: value for name, value in arguments.items() if not name.startswith("callback_on_step_end")}
         with_cuda = torch.cuda.is_initialized() or sent.get("generator") is None
-        call = Call(sent, _streams(self.devices[0], with_cuda), names)
-        watcher = _Watcher(self, self._workers, callback, self._bar_config)
+        call = Call(sent, randomness.capture(self.devices[0], {}, with_cuda), names)
+        watcher = _Watcher(self, self._workers, callback, self._bar_config, with_cuda)
         try:
             result: CallResult = self._ask(call, watcher)[0]
         except (CallbackRaised, RankFailed):
@@ -131,20 +132,26 @@ class SpawnedPipeline(LoadedPipeline):
         crew = self._workers.crew
         limit = crew.step_timeout if self._calling else crew.start_timeout
         num_ranks = 1 if _for_one_rank(operation) else len(self.devices)
-        with_cuda = getattr(operation, "streams", None) is not None and operation.streams.cuda is not None
+        if watcher is not None:
+            watcher.generators = generators
         try:
             answers = self._workers.request([payload] * num_ranks, limit, watcher)
         except RaisedAlike as alike:
-            states = unpack(alike.failure.randomness, self.devices[0])[0]
-            _take_over(states, generators, self.devices[0], with_cuda)
+            # After an error of the callback this process is further than the ranks: the callback may have drawn.
+            if watcher is None or watcher.error is None:
+                self._take_over(operation, unpack(alike.failure.randomness, self.devices[0])[0], generators)
             raise alike.failure.error() from alike.failure.cause()
-        if isinstance(operation, Call):
-            _take_over(answers[0].randomness, generators, self.devices[0], with_cuda)
-        if isinstance(operation, Invoke):
-            _take_over(answers[0][1], generators, self.devices[0], with_cuda)
+        if isinstance(operation, Call | Invoke):
+            states = answers[0].randomness if isinstance(operation, Call) else answers[0][1]
+            self._take_over(operation, states, generators)
         if not self._calling and _is_change(operation, answers[0]):
             self._remember(operation, payload)
         return answers
+
+    def _take_over(self, operation: Any, states: randomness.Randomness, generators: Generators) -> None:
+        """Put this process's streams and the caller's generators where the request left them."""
+        if isinstance(operation, Call | Invoke):
+            randomness.restore(states, self.devices[0], generators, with_cuda=operation.randomness.cuda is not None)
 
     def _remember(self, change: Set | Invoke, payload: bytes) -> None:
         """Note a change for a restart; a later setting of the same thing stands for the earlier ones."""
@@ -203,8 +210,11 @@ class _Watcher:
         workers: Workers,
         callback: Callable[..., Any] | None,
         bar_config: Mapping[str, Any],
+        with_cuda: bool,
     ) -> None:
         self.error: Exception | None = None
+        self.generators: Generators = {}
+        self._with_cuda = with_cuda
         self._pipe = pipe
         self._workers = workers
         self._callback = callback
@@ -231,11 +241,14 @@ class _Watcher:
 
     def _answer(self, step: int, payload: bytes) -> bytes | None:
         assert self._callback is not None
-        timestep, tensors = unpack(payload, self._pipe.devices[0])[0]
+        device = self._pipe.devices[0]
+        timestep, tensors, states = unpack(payload, device)[0]
+        randomness.restore(states, device, self.generators, self._with_cuda)
         versions = {name: (tensor, tensor._version) for name, tensor in tensors.items() if tensor is not None}
         try:
             returned = self._callback(self._pipe, step, timestep, tensors)
-            return pack(_changes(versions, returned))[0]
+            in_place, outputs = _changes(versions, returned)
+            return pack((in_place, outputs, randomness.capture(device, self.generators, self._with_cuda)))[0]
         except Exception as error:
             # Every rank leaves the call, then it is raised to the caller.
             self.error = error
@@ -262,14 +275,3 @@ def _for_one_rank(operation: Any) -> bool:
     if isinstance(operation, Invoke):
         return operation.path.rpartition(".")[2].startswith(_ONE_RANK)
     return isinstance(operation, Get)
-
-
-def _streams(device: torch.device, with_cuda: bool) -> randomness.Streams:
-    return randomness.capture(device, with_cuda)
-
-
-def _take_over(states: Randomness, generators: Generators, device: torch.device, with_cuda: bool) -> None:
-    """Put this process's streams and the caller's generators where the request left them."""
-    streams = states.streams if with_cuda else randomness.Streams(states.streams.cpu)
-    randomness.restore(streams, device)
-    randomness.restore_generators(generators, dict(states.generators))

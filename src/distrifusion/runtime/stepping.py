@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from distrifusion.runtime import randomness
 from distrifusion.runtime.board import OUTSIDE, Board
 from distrifusion.runtime.timing import StepClock
 from distrifusion.runtime.wire import (
@@ -16,6 +17,7 @@ from distrifusion.runtime.wire import (
     BarMoved,
     BarOpened,
     CallbackRaised,
+    Generators,
     Line,
     StepAnswer,
     StepEnded,
@@ -80,7 +82,7 @@ class StepEnd:
     """The `callback_on_step_end` that a worker gives to its pipeline.
 
     Every rank calls it after every step. It notes the step, and if the caller has a callback it waits until the
-    caller has run it, so that the changes are the same on every rank.
+    caller has run it, so that the changes are the same on every rank; random states go with the step and come back.
 
     Attributes:
         call: id of the running call.
@@ -93,6 +95,7 @@ class StepEnd:
     rank: int
     board: Board
     device: torch.device
+    generators: Generators
     clock: StepClock
     serve: Callable[[int], StepAnswer]
     relayed: bool
@@ -106,11 +109,13 @@ class StepEnd:
 
     def _answer(self, step: int, timestep: Any, tensors: dict[str, Any]) -> Any:
         if self.rank == 0:
-            self.line.send(StepEnded(step, pack((timestep, tensors))[0]))
+            states = randomness.capture(self.device, self.generators)
+            self.line.send(StepEnded(step, pack((timestep, tensors, states))[0]))
         answer = self.serve(self.call)
         if answer.payload is None:
             raise CallbackRaised("the caller's callback raised")
-        in_place, returned = unpack(answer.payload, self.device)[0]
+        in_place, returned, states = unpack(answer.payload, self.device)[0]
+        randomness.restore(states, self.device, self.generators)
         for name, changed in in_place.items():
             tensors[name].copy_(changed)
         if not isinstance(returned, dict):

@@ -60,7 +60,7 @@ class BarClosed:
 
 @dataclass(frozen=True)
 class StepEnded:
-    """Rank 0 waits for the caller's `callback_on_step_end`; `payload` packs (timestep, tensors)."""
+    """Rank 0 waits for the caller's `callback_on_step_end`; `payload` packs (timestep, tensors, randomness)."""
 
     step: int
     payload: bytes

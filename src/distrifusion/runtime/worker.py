@@ -32,7 +32,6 @@ from distrifusion.runtime.operations import (
     Invoke,
     Method,
     Open,
-    Randomness,
     Same,
     Set,
     Value,
@@ -106,7 +105,8 @@ class Worker:
             reply = Reply(request.id, pack(value)[0])
         except Exception as error:
             step = self.board.step_of(self.rank)
-            reply = Reply(request.id, failure=Failure.of(error, step, pack(self._randomness(generators))[0]))
+            states = randomness.capture(self.device, generators)
+            reply = Reply(request.id, failure=Failure.of(error, step, pack(states)[0]))
         self.line.send(reply)
 
     def _open(self, op: Open, request: int, generators: Generators) -> PipelineFacts:
@@ -130,22 +130,30 @@ class Worker:
         return facts
 
     def _call(self, op: Call, request: int, generators: Generators) -> CallResult:
-        randomness.restore(op.streams, self.device)
+        randomness.restore(op.randomness, self.device, {})
         clock = StepClock(self.device)
-        output = self.pipe(**op.arguments, **self._step_end(op, request, clock))
+        output = self.pipe(**op.arguments, **self._step_end(op, request, generators, clock))
         times = clock.times()
         if self.rank != 0:
             return CallResult()
-        return CallResult(output, self._randomness(generators), times)
+        return CallResult(output, randomness.capture(self.device, generators), times)
 
-    def _step_end(self, op: Call, request: int, clock: StepClock) -> dict[str, Any]:
+    def _step_end(self, op: Call, request: int, generators: Generators, clock: StepClock) -> dict[str, Any]:
         if not takes_step_callback(type(self.pipe)):
             return {}
-        relayed = op.tensor_inputs is not None
-        serve = self.serve_step
-        callback = StepEnd(self.line, request, self.rank, self.board, self.device, clock, serve, relayed)
+        step_end = StepEnd(
+            line=self.line,
+            call=request,
+            rank=self.rank,
+            board=self.board,
+            device=self.device,
+            generators=generators,
+            clock=clock,
+            serve=self.serve_step,
+            relayed=op.tensor_inputs is not None,
+        )
         return {
-            "callback_on_step_end": callback,
+            "callback_on_step_end": step_end,
             "callback_on_step_end_tensor_inputs": list(op.tensor_inputs or ()),
         }
 
@@ -160,15 +168,12 @@ class Worker:
     def _set(self, op: Set, request: int, generators: Generators) -> None:
         attributes.replace(self.pipe, op.path, op.value)
 
-    def _invoke(self, op: Invoke, request: int, generators: Generators) -> tuple[Value | Same, Randomness]:
-        randomness.restore(op.streams, self.device)
+    def _invoke(self, op: Invoke, request: int, generators: Generators) -> tuple[Value | Same, randomness.Randomness]:
+        randomness.restore(op.randomness, self.device, {})
         owner = attributes.resolve(self.pipe, op.path.rpartition(".")[0])
         value = attributes.resolve(self.pipe, op.path)(*op.args, **op.kwargs)
         answer = Same() if value is owner else Value(value if self.rank == 0 else None)
-        return answer, self._randomness(generators)
-
-    def _randomness(self, generators: Generators) -> Randomness:
-        return Randomness(randomness.capture(self.device), randomness.capture_generators(generators))
+        return answer, randomness.capture(self.device, generators)
 
 
 def _plain(scheduler: Any) -> Any:

@@ -187,7 +187,7 @@ class Wish:
 def _draw(wish: Wish, compare: bool) -> None:
     # Torch and diffusers take seconds to import; `--help` and a wrong option do not wait for them.
     _quiet_libraries()
-    from distrifusion.load import load
+    from distrifusion.loading import load
     from distrifusion.runtime import devices as device_specs
 
     arguments = _arguments(wish)

@@ -9,7 +9,7 @@ from pipelines import PIPELINES, SCHEDULERS, Call
 
 from distrifusion import ConfigError, PlanError, UnsupportedModel, parallelize, unparallelize
 from distrifusion.exchange.virtual import VirtualTransport, VirtualWorld
-from distrifusion.parallelize import denoiser_of
+from distrifusion.in_place import denoiser_of
 
 
 @pytest.fixture

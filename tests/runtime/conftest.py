@@ -8,7 +8,7 @@ from pathlib import Path
 import diffusers
 import pytest
 
-from distrifusion.load import load
+from distrifusion import load
 from distrifusion.runtime.spawned import SpawnedPipeline
 from runtime.tiny import write_sd, write_sdxl
 

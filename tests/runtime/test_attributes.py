@@ -12,8 +12,8 @@ import torch
 from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig, get_peft_model_state_dict
 
+from distrifusion import load
 from distrifusion.errors import ConfigError
-from distrifusion.load import load
 from distrifusion.runtime.spawned import SpawnedPipeline
 from models import relative_error
 

@@ -12,8 +12,8 @@ import diffusers
 import pytest
 import torch
 
+from distrifusion import load
 from distrifusion.errors import ConfigError, PlanError
-from distrifusion.load import load
 from distrifusion.plan import Plan
 from distrifusion.runtime import devices as device_specs
 from distrifusion.runtime.in_process import TorchrunPlace

@@ -13,8 +13,8 @@ import diffusers
 import pytest
 import torch
 
+from distrifusion import load
 from distrifusion.errors import RankFailed, StepTimeout
-from distrifusion.load import load
 from distrifusion.runtime.spawned import SpawnedPipeline
 
 

@@ -15,7 +15,7 @@ SOURCE = Path(distrifusion.__file__).parents[1]
 SCRIPT = """
 import sys
 import diffusers
-from distrifusion.load import load
+from distrifusion import load
 
 def build():
     return diffusers.DiffusionPipeline.from_pretrained(sys.argv[1] if len(sys.argv) > 1 else FOLDER)
@@ -35,7 +35,7 @@ if sys.stdin.readline() == "draw\\n":
 RANK = """
 import sys
 import torch
-from distrifusion.load import load
+from distrifusion import load
 
 with load(sys.argv[1], plan="patch2.displaced.w1") as pipe:
     generator = torch.Generator().manual_seed(4)

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 import transformers
 
-from distrifusion.parallelize import parallelize
+from distrifusion.in_place import parallelize
 from distrifusion.runtime import attributes, randomness
 from distrifusion.runtime.board import OUTSIDE, Board
 from distrifusion.runtime.operations import (

@@ -11,7 +11,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from distrifusion.errors import ConfigError
-from distrifusion.parallelize import parallelize
+from distrifusion.in_place import parallelize
 from distrifusion.plan import Plan
 from distrifusion.runtime import devices as device_specs
 from distrifusion.runtime import source as sources

@@ -1,4 +1,4 @@
-"""The training loop: resuming changes nothing, ranks agree, and the noise of a step is what the loss says."""
+"""The training loop: resuming changes nothing, and the noise of a step is what the loss says."""
 
 from pathlib import Path
 
@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from distrifusion.demo.denoiser import build_scheduler, velocity_loss
-from distrifusion.demo.processes import average_over_ranks, run_in_processes
 from distrifusion.demo.training import Schedule, TrainingLog, fit
 
 
@@ -39,21 +38,6 @@ def test_training_converges_and_is_logged(tmp_path: Path) -> None:
     model = _train_line(tmp_path, "long", 400)
     assert torch.allclose(model.weight, torch.ones(1, 2), atol=0.05)
     assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 40
-
-
-def _write_mean(folder: Path) -> None:
-    rank = torch.distributed.get_rank()
-    tensors = [torch.full((3,), float(rank)), torch.full((2, 2), 10.0 * rank)]
-    average_over_ranks(tensors)
-    torch.save(tensors, folder / f"{rank}.pt")
-
-
-def test_ranks_share_their_gradients(tmp_path: Path) -> None:
-    run_in_processes(2, _write_mean, tmp_path)
-    for rank in range(2):
-        three, four = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
-        assert torch.equal(three, torch.full((3,), 0.5))
-        assert torch.equal(four, torch.full((2, 2), 5.0))
 
 
 def test_a_schedule_has_one_length() -> None:

@@ -29,9 +29,9 @@ def _size(text: str) -> tuple[int, int]:
 def _add_train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for weights, log and the cache of pictures")
     parser.add_argument("--minutes", type=float, help="train the U-Net by the clock instead of by --steps")
-    parser.add_argument("--steps", type=int, default=6000, help="steps of the U-Net (default %(default)s)")
-    parser.add_argument("--vae-steps", type=int, default=2200, help="steps of the autoencoder (default %(default)s)")
-    parser.add_argument("--decoder-steps", type=int, default=1000, help="steps that refine its decoder (%(default)s)")
+    parser.add_argument("--steps", type=int, default=4620, help="steps of the U-Net (default %(default)s)")
+    parser.add_argument("--vae-steps", type=int, default=2450, help="steps of the autoencoder (default %(default)s)")
+    parser.add_argument("--decoder-steps", type=int, default=1850, help="steps that refine its decoder (%(default)s)")
     parser.add_argument("--processes", type=int, default=2, help="use 1 on a GPU (default %(default)s)")
     parser.set_defaults(run=_train)
 
@@ -42,7 +42,7 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", type=_size, default=(256, 256), help="WIDTHxHEIGHT (default 256x256)")
     parser.add_argument("--sampler", choices=("ddim", "dpm++"), default="dpm++")
     parser.add_argument("--steps", type=int, default=25, help="denoising steps (default %(default)s)")
-    parser.add_argument("--guidance", type=float, default=4.0, help="guidance scale (default %(default)s)")
+    parser.add_argument("--guidance", type=float, default=5.0, help="guidance scale (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--grid", type=Path, help="picture file for the first 48 pictures")
     parser.set_defaults(run=_evaluate)

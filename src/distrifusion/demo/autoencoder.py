@@ -66,7 +66,7 @@ def train_autoencoder(cache: Path, out: Path, schedule: Schedule, log: TrainingL
     if rank() > 0:
         return
     model.register_to_config(scaling_factor=1 / _latent_std(model, pictures[256, 256][:64]))
-    log.write(stage="vae", psnr_db=reconstruction_psnr(model, pictures[256, 256][-64:]))
+    log.write(stage="vae", psnr_db=reconstruction_psnr(model, to_input(pictures[256, 256][-64:]) / 2 + 0.5))
     model.save_pretrained(out)
 
 
@@ -93,7 +93,7 @@ def refine_decoder(folder: Path, cache: Path, out: Path, schedule: Schedule, log
 
     fit("decoder", model, loss_of_step, schedule, cache / "decoder.pt", log)
     if rank() == 0:
-        log.write(stage="decoder", psnr_db=reconstruction_psnr(model, pictures[256, 256][-64:]))
+        log.write(stage="decoder", psnr_db=reconstruction_psnr(model, to_input(pictures[256, 256][-64:]) / 2 + 0.5))
         model.save_pretrained(out)
 
 
@@ -112,7 +112,7 @@ def random_crops(pictures: dict[Size, NDArray[np.uint8]], rng: np.random.Generat
 
 def to_input(pictures: NDArray[np.uint8]) -> Tensor:
     """Pictures (B, H, W, 3) of bytes as a model input (B, 3, H, W) in [-1, 1]."""
-    x = torch.from_numpy(np.ascontiguousarray(pictures)).to(device()).permute(0, 3, 1, 2)
+    x = torch.from_numpy(np.array(pictures)).to(device()).permute(0, 3, 1, 2)
     return (x.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
 
 
@@ -133,9 +133,10 @@ def _latent_std(model: AutoencoderKL, pictures: NDArray[np.uint8]) -> float:
 
 
 @torch.no_grad()
-def reconstruction_psnr(model: AutoencoderKL, pictures: NDArray[np.uint8]) -> float:
-    """Mean PSNR in dB of encoded and decoded pictures (N, H, W, 3)."""
-    x = to_input(pictures)
-    y = model.decode(model.encode(x).latent_dist.mode()).sample.clamp(-1, 1)
-    error = ((y - x) / 2).square().mean(dim=(1, 2, 3))
-    return float((-10 * error.log10()).mean())
+def reconstruction_psnr(model: AutoencoderKL, images: Tensor) -> float:
+    """Mean PSNR in dB of encoded and decoded images (N, 3, H, W) in [0, 1]."""
+    values = []
+    for x in (images.to(device()) * 2 - 1).split(8):
+        y = model.decode(model.encode(x).latent_dist.mode()).sample.clamp(-1, 1)
+        values.append(-10 * ((y - x) / 2).square().mean(dim=(1, 2, 3)).log10())
+    return float(torch.cat(values).mean())

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, StableDiffusionXLPipeline
+from diffusers import AutoencoderKL, DDIMScheduler, DPMSolverMultistepScheduler, StableDiffusionXLPipeline
 from PIL import Image
 from torch import Tensor
 
 from distrifusion.demo import classifier
+from distrifusion.demo.autoencoder import reconstruction_psnr
 from distrifusion.demo.dataset import Size, sample_scenes
 from distrifusion.demo.painting import render
 from distrifusion.demo.scenes import ATTRIBUTES, Scene, compose_caption
@@ -31,9 +32,11 @@ class Report:
     accuracy_on_renders: dict[str, float]
     """What the classifier reads right in renders of the same scenes: the ceiling of ``accuracy``."""
     frechet_distance: float
-    """Between generated pictures and renders of the prompted scenes."""
+    """Between the generated pictures and as many renders of other scenes."""
     frechet_distance_of_renders: float
-    """Between those renders and as many others: the floor of ``frechet_distance``."""
+    """Between renders of the prompted scenes and the same others: what a perfect model would get."""
+    reconstruction_db: float
+    """Mean PSNR of renders of the first prompted scenes (32 at most) after the autoencoder."""
 
     def as_dict(self) -> dict[str, object]:
         """The report for JSON."""
@@ -52,8 +55,8 @@ def evaluate(
     prompts = [compose_caption(scene.attributes(), rng) for scene in scenes]
     images = generate(folder, prompts, size, sampler, steps, guidance, seed, batch)
     renders = _renders(scenes, size)
-    others = _renders(sample_scenes(count, seed=4_000_000 + seed), size)
-    real = classifier.features(renders)
+    autoencoder = AutoencoderKL.from_pretrained(folder / "vae").to(device())
+    others = classifier.features(_renders(sample_scenes(count, seed=4_000_000 + seed), size))
     report = Report(
         pictures=count,
         size=size,
@@ -62,8 +65,9 @@ def evaluate(
         guidance=guidance,
         accuracy=accuracy(images, scenes),
         accuracy_on_renders=accuracy(renders, scenes),
-        frechet_distance=classifier.frechet_distance(classifier.features(images), real),
-        frechet_distance_of_renders=classifier.frechet_distance(classifier.features(others), real),
+        frechet_distance=classifier.frechet_distance(classifier.features(images), others),
+        frechet_distance_of_renders=classifier.frechet_distance(classifier.features(renders), others),
+        reconstruction_db=reconstruction_psnr(autoencoder, renders[:32]),
     )
     return report, images, prompts
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -20,7 +21,7 @@ def tag_of(name: str) -> int:
     return zlib.crc32(name.encode()) & 0x7FFFFFFF
 
 
-class Posted:
+class Posted(ABC):
     """Something that is sent once a call and has arrived by the next one."""
 
     def __init__(self) -> None:
@@ -32,9 +33,9 @@ class Posted:
             self._pending.wait()
             self._pending = None
 
+    @abstractmethod
     def messages(self) -> tuple[list[Message], list[Message]]:
         """What to send and what to receive."""
-        raise NotImplementedError
 
     def post(self, transport: Transport) -> int:
         """Send and receive without waiting; returns the bytes sent."""

@@ -178,3 +178,9 @@ class Pool:
     def num_requests(self) -> int:
         """Requests that hold tensors now."""
         return len(self._states)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the gather buffers held now."""
+        states = (state for slots in self._states.values() for state in slots.values())
+        return sum(gather.buffer.nbytes for state in states for gather in state.gathers.values())

@@ -6,8 +6,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from distrifusion.errors import (
+    Cancelled,
     ConfigError,
     DistrifusionError,
+    OutOfMemory,
     PlanError,
     RankFailed,
     StepTimeout,
@@ -22,8 +24,10 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0.dev0"
 __all__ = [
+    "Cancelled",
     "ConfigError",
     "DistrifusionError",
+    "OutOfMemory",
     "Plan",
     "PlanError",
     "RankFailed",

@@ -45,3 +45,29 @@ class StepTimeout(DistrifusionError, TimeoutError):
         super().__init__(message)
         self.rank = rank
         self.step = step
+
+
+class Cancelled(DistrifusionError):
+    """A call was ended by `cancel()`, by all ranks after the same denoising step; the pipeline is ready for the next.
+
+    Attributes:
+        step: the last denoising step (from 0) that was finished, or None if there was none.
+    """
+
+    def __init__(self, message: str, *, step: int | None = None) -> None:
+        super().__init__(message)
+        self.step = step
+
+
+class OutOfMemory(DistrifusionError, MemoryError):
+    """A rank had not enough memory for the call.
+
+    Attributes:
+        rank: the rank that ran out of memory, or None if it is not known which.
+        step: the denoising step (from 0) it was in, or None outside the loop.
+    """
+
+    def __init__(self, message: str, *, rank: int | None = None, step: int | None = None) -> None:
+        super().__init__(message)
+        self.rank = rank
+        self.step = step

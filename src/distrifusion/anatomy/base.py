@@ -35,8 +35,17 @@ class EntrySite(ConvSite):
     """The convolution that reads the model's input itself."""
 
 
+@dataclass(frozen=True)
 class NormSite(Site):
-    """A group norm: statistics over all positions."""
+    """A group norm: statistics over all positions.
+
+    Attributes:
+        activation: pointwise layer that alone reads the norm's output, None if it is not known.
+        conv: name of the convolution that alone reads the activation's output, None likewise.
+    """
+
+    activation: nn.Module | None = None
+    conv: str | None = None
 
 
 class AttentionSite(Site):

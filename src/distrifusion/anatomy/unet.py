@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from diffusers.models.attention_processor import Attention
 from diffusers.models.downsampling import Downsample2D
+from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from diffusers.models.upsampling import Upsample2D
 from torch import nn
@@ -55,7 +57,8 @@ class UNetAnatomy:
             block = next((b for b in (".".join(name.split(".")[:2]), head) if b in levels), None)
             level, level_out = levels[block] if block else (0, 0)
             sites += _site(name, module, level, level_out)
-        return sites
+        readers = dict(_norm_readers(model))
+        return [replace(s, **readers[s.name]) if isinstance(s, NormSite) and s.name in readers else s for s in sites]
 
     def bind(self, forward: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> BoundCall:
         bound = inspect.signature(forward).bind(*args, **kwargs).arguments
@@ -94,6 +97,23 @@ def _block_levels(model: Any) -> Iterator[tuple[str, tuple[int, int]]]:
         after = level - (block.upsamplers is not None)
         yield f"up_blocks.{i}", (level, after)
         level = after
+
+
+def _norm_readers(model: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    """By the name of a norm: the activation that alone reads it, and the convolution that alone reads that one."""
+    for name, module in model.named_modules():
+        if isinstance(module, ResnetBlock2D) and module.time_embedding_norm == "default":
+            if module.upsample is None and module.downsample is None:
+                yield f"{name}.norm1", _reader(module.nonlinearity, module.conv1, f"{name}.conv1")
+            yield f"{name}.norm2", _reader(module.nonlinearity, module.conv2, f"{name}.conv2")
+    if getattr(model, "conv_norm_out", None) is not None:
+        yield "conv_norm_out", _reader(model.conv_act, model.conv_out, "conv_out")
+
+
+def _reader(activation: nn.Module, conv: nn.Module, name: str) -> dict[str, Any]:
+    """A convolution with an adapter is read by other layers too, so nothing is said of it."""
+    plain = type(activation) is nn.SiLU and type(conv) is nn.Conv2d
+    return {"activation": activation, "conv": name} if plain else {}
 
 
 def _site(name: str, module: nn.Module, level: int, level_out: int) -> list[Site]:

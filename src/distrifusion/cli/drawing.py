@@ -1,0 +1,119 @@
+"""What the commands that draw have in common: from typed words to a loaded pipeline and the arguments of its call."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from distrifusion.cli import options
+from distrifusion.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+    from distrifusion.runtime.devices import DeviceSpec
+
+_DEMO_SIZE = (512, 512)
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What the options say, as they were typed.
+
+    Attributes:
+        call: arguments of the pipeline's call that are taken as they are; None where nothing was typed.
+    """
+
+    model: str
+    devices: str | None
+    plan: str | None
+    size: str | None
+    scheduler: str | None
+    dtype: str
+    call: dict[str, Any]
+
+    def arguments(self) -> dict[str, Any]:
+        """Arguments of the pipeline's call, checked against its class before any weight is read.
+
+        Raises:
+            ConfigError: if one is unknown to the pipeline or cannot work.
+        """
+        from distrifusion.runtime import call_checks, source
+
+        typed = options.size(self.size) if self.size else (_DEMO_SIZE if self.model == "demo" else (None, None))
+        given = {**self.call, "width": typed[0], "height": typed[1]}
+        arguments = {name: value for name, value in given.items() if value is not None}
+        facts = source.find(self.model, {}).facts
+        if facts is not None:
+            call_checks.check(facts, call_checks.bind(facts, (), arguments))
+        return arguments
+
+    def device_spec(self) -> DeviceSpec:
+        """What `load` takes as devices.
+
+        Raises:
+            ConfigError: if a part of the text is no device.
+        """
+        from distrifusion.runtime import devices
+
+        return None if self.devices is None else devices.parse(self.devices)
+
+    def scheduler_class(self) -> str | None:
+        """Name of the diffusers class; None for the model's own.
+
+        Raises:
+            ConfigError: if the typed name is not known.
+        """
+        return options.scheduler_class(self.scheduler)
+
+
+def dtype_keyword(name: str) -> dict[str, Any]:
+    """The keyword of from_pretrained for a dtype, which diffusers has renamed; none for what it takes by itself.
+
+    Raises:
+        ConfigError: if the dtype is not one of those served.
+    """
+    import diffusers
+    import torch
+    from packaging.version import Version
+
+    word = options.one_of(name, options.DTYPES, "dtype")
+    if word == "float32":
+        return {}
+    keyword = "dtype" if Version(diffusers.__version__) >= Version("0.42") else "torch_dtype"
+    return {keyword: getattr(torch, word)}
+
+
+def devices_in_words(devices: Sequence[torch.device], threads: int | None) -> str:
+    """How many of what, such as `2 CPU processes of 1 thread`."""
+    count = len(devices)
+    if devices[0].type != "cpu":
+        return f"{count} GPU{'s' * (count > 1)}"
+    words = f"{count} CPU process{'es' * (count > 1)}"
+    return words if threads is None else f"{words} of {threads} thread{'s' * (threads > 1)}"
+
+
+def refuse_torchrun(what: str) -> None:
+    """Refuse a command that also draws on one device after all others.
+
+    Raises:
+        ConfigError: if torchrun started this process.
+    """
+    from distrifusion.runtime.in_process import TorchrunPlace
+
+    if TorchrunPlace.of(os.environ) is not None:
+        raise ConfigError(f"{what} draws on one device after all others, which torchrun's ranks cannot; leave it out")
+
+
+def quiet_libraries() -> None:
+    """Leave the terminal to the picture's own bar."""
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    import diffusers
+
+    diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()

@@ -1,0 +1,156 @@
+"""Options that several commands have, and what their words mean."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+
+from distrifusion.errors import ConfigError
+
+# By the names that diffusers users give them.
+SCHEDULERS = {
+    "ddim": "DDIMScheduler",
+    "ddpm": "DDPMScheduler",
+    "dpm++2m": "DPMSolverMultistepScheduler",
+    "dpm++sde": "DPMSolverSDEScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "euler-a": "EulerAncestralDiscreteScheduler",
+    "heun": "HeunDiscreteScheduler",
+    "lcm": "LCMScheduler",
+    "pndm": "PNDMScheduler",
+    "unipc": "UniPCMultistepScheduler",
+}
+DTYPES = ("float32", "bfloat16", "float16")
+
+PICTURE = "What to draw"
+DIVISION = "Where and how to divide it"
+OUTPUT = "What comes out"
+
+_MAX_SEED = 2**63 - 1
+
+
+class Format(StrEnum):
+    """How a command answers."""
+
+    TEXT = "text"
+    JSON = "json"
+
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="'demo' (the embedded model), a folder of a diffusers pipeline, or a hub id such as "
+        "stabilityai/stable-diffusion-xl-base-1.0.",
+        show_default=False,
+    ),
+]
+NegativePrompt = Annotated[
+    str | None,
+    typer.Option(
+        "--negative-prompt",
+        metavar="TEXT",
+        help="What to keep out of the picture.",
+        show_default=False,
+        rich_help_panel=PICTURE,
+    ),
+]
+Size = Annotated[
+    str | None,
+    typer.Option(
+        "--size",
+        metavar="WIDTHxHEIGHT",
+        help=r"In pixels, multiples of 8. [dim]\[default: the model's own; 512x512 for demo][/dim]",
+        show_default=False,
+        rich_help_panel=PICTURE,
+    ),
+]
+Steps = Annotated[int, typer.Option("--steps", metavar="N", help="Denoising steps.", rich_help_panel=PICTURE)]
+Guidance = Annotated[
+    float | None,
+    typer.Option(
+        "--guidance",
+        metavar="WEIGHT",
+        help="Of the prompt; 1 or below draws without guidance, in half the time. "
+        r"[dim]\[default: the model's own][/dim]",
+        show_default=False,
+        rich_help_panel=PICTURE,
+    ),
+]
+Scheduler = Annotated[
+    str | None,
+    typer.Option(
+        "--scheduler",
+        metavar="NAME",
+        help=rf"One of {', '.join(SCHEDULERS)}. [dim]\[default: the model's own][/dim]",
+        show_default=False,
+        rich_help_panel=PICTURE,
+    ),
+]
+Dtype = Annotated[
+    str,
+    typer.Option("--dtype", metavar="NAME", help=f"Of the weights: {', '.join(DTYPES)}.", rich_help_panel=PICTURE),
+]
+Devices = Annotated[
+    str | None,
+    typer.Option(
+        "--devices",
+        "-d",
+        metavar="DEVICES",
+        help="How many (2: GPUs where CUDA is, else CPU processes) or which (0,1  cuda:1  cpu  cpu,cpu). "
+        r"[dim]\[default: as the plan needs, else all GPUs, else one CPU][/dim]",
+        show_default=False,
+        rich_help_panel=DIVISION,
+    ),
+]
+AnswerFormat = Annotated[
+    Format,
+    typer.Option("--format", help="json: one JSON document on standard output.", rich_help_panel=OUTPUT),
+]
+
+
+def size(text: str) -> tuple[int, int]:
+    """Width and height in pixels from `512x384`.
+
+    Raises:
+        ConfigError: if it has another form.
+    """
+    match = re.fullmatch(r"(\d+)[xX×](\d+)", text.strip())
+    if match is None:
+        raise ConfigError(f"size '{text}' is not of the form WIDTHxHEIGHT, such as 512x384")
+    return int(match[1]), int(match[2])
+
+
+def one_of(word: str, known: Iterable[str], what: str) -> str:
+    """The word in lower case.
+
+    Raises:
+        ConfigError: if it is not known; `what` says what it should be.
+    """
+    if word.lower() not in known:
+        raise ConfigError(f"{what} '{word}' is unknown; it is one of {', '.join(known)}")
+    return word.lower()
+
+
+def scheduler_class(word: str | None) -> str | None:
+    """The diffusers class of a scheduler's short name; None for the model's own.
+
+    Raises:
+        ConfigError: if the name is not known.
+    """
+    return None if word is None else SCHEDULERS[one_of(word, SCHEDULERS, "scheduler")]
+
+
+def check_seed(seed: int) -> int:
+    """The seed.
+
+    Raises:
+        ConfigError: if torch cannot take it.
+    """
+    if not 0 <= seed <= _MAX_SEED:
+        raise ConfigError(f"seed {seed} is not in 0 to 2**63 - 1")
+    return seed

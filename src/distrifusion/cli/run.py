@@ -1,0 +1,238 @@
+"""`distrifusion run`: draw one picture."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from distrifusion.cli import options
+from distrifusion.cli.drawing import Wish, devices_in_words, dtype_keyword, quiet_libraries, refuse_torchrun
+from distrifusion.cli.spoken import cancelled_by_ctrl_c, spoken_errors
+from distrifusion.errors import ConfigError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from distrifusion.runtime.pipeline import LoadedPipeline
+
+
+def run(
+    model: options.Model,
+    prompt: Annotated[
+        str,
+        typer.Option(
+            "--prompt", "-p", metavar="TEXT", help="What to draw.", show_default=False, rich_help_panel=options.PICTURE
+        ),
+    ],
+    negative_prompt: options.NegativePrompt = None,
+    size: options.Size = None,
+    steps: options.Steps = 30,
+    guidance: options.Guidance = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            "--seed",
+            metavar="N",
+            help=r"Of the noise. [dim]\[default: a new one, printed][/dim]",
+            show_default=False,
+            rich_help_panel=options.PICTURE,
+        ),
+    ] = None,
+    scheduler: options.Scheduler = None,
+    dtype: options.Dtype = "float32",
+    devices: options.Devices = None,
+    plan: Annotated[
+        str | None,
+        typer.Option(
+            "--plan",
+            metavar="PLAN",
+            help="What to divide: words joined by dots. cfg2: the two branches of guidance; patch4: four bands of "
+            "rows; displaced: faster, not exact; w4: warm-up calls that stay exact. "
+            r"[dim]\[default: the exact plan for the devices][/dim]",
+            show_default=False,
+            rich_help_panel=options.DIVISION,
+        ),
+    ] = None,
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out",
+            "-o",
+            metavar="FILE",
+            help="Where to write the picture; its ending says how.",
+            rich_help_panel=options.OUTPUT,
+        ),
+    ] = Path("out.png"),
+    compare: Annotated[
+        bool,
+        typer.Option(
+            "--compare",
+            help="Also draw on one device (on CPU: one process with the threads of one rank, because a rank stands "
+            "for a device); print speed-up, PSNR and SSIM, and write both pictures and their error map side by side.",
+            rich_help_panel=options.OUTPUT,
+        ),
+    ] = False,
+    answer: options.AnswerFormat = options.Format.TEXT,
+) -> None:
+    """Draw a picture and say how long a step took.
+
+    [bold]Examples[/bold]
+
+    distrifusion run demo --prompt "a sunset over green mountains with a lake" --devices 2
+
+    distrifusion run demo -p "a lake at night" -d 2 --plan patch2.displaced.w4 --seed 7 --compare
+    """
+    call = {
+        "prompt": prompt,
+        "negative_prompt": negative_prompt,
+        "num_inference_steps": steps,
+        "guidance_scale": guidance,
+    }
+    with spoken_errors():
+        _draw(Wish(model, devices, plan, size, scheduler, dtype, call), seed, out, compare, answer)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A picture and how it came out: plan, devices, seconds per step and in all."""
+
+    picture: Image
+    plan: str
+    devices: str
+    per_step: float
+    total: float
+
+    def __str__(self) -> str:
+        return f"{self.plan} on {self.devices}: {self.per_step:.3g} s per step, {self.total:.3g} s in all"
+
+    def as_dict(self) -> dict[str, Any]:
+        """The figures for JSON."""
+        return {
+            "plan": self.plan,
+            "devices": self.devices,
+            "seconds_per_step": self.per_step,
+            "seconds": self.total,
+        }
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What one device drew beside it."""
+
+    alone: Drawn
+    speedup_per_step: float
+    speedup: float
+    psnr: float
+    ssim: float
+    side_by_side: Path
+
+    def __str__(self) -> str:
+        return (
+            f"against {self.alone.devices} ({self.alone.per_step:.3g} s per step): {self.speedup_per_step:.2f}x per "
+            f"step, {self.speedup:.2f}x in all, PSNR {self.psnr:.1f} dB, SSIM {self.ssim:.4f}, "
+            f"side by side in {self.side_by_side}"
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """The figures for JSON; a PSNR of null is that of equal pictures."""
+        return {
+            "one_device": self.alone.as_dict(),
+            "speedup_per_step": self.speedup_per_step,
+            "speedup": self.speedup,
+            "psnr_db": self.psnr if self.psnr < float("inf") else None,
+            "ssim": self.ssim,
+            "side_by_side": str(self.side_by_side),
+        }
+
+
+def _draw(wish: Wish, seed: int | None, out: Path, compare: bool, answer: options.Format) -> None:
+    # Torch and diffusers take seconds to import; `--help` and a wrong option do not wait for them.
+    quiet_libraries()
+    from distrifusion.loading import load
+
+    arguments = wish.arguments()
+    _check_picture_path(out)
+    seed = secrets.randbelow(2**32) if seed is None else options.check_seed(seed)
+    keywords = dtype_keyword(wish.dtype)
+    scheduler = wish.scheduler_class()
+    spec = wish.device_spec()
+    if compare:
+        _check_comparable(spec, wish.plan)
+    with load(wish.model, spec, wish.plan, **keywords) as pipe:
+        drawn = _once(pipe, arguments, seed, scheduler, label=str(pipe.plan))
+        where, threads, chief = pipe.devices, pipe.threads, pipe.rank == 0
+    if not chief:
+        return
+    drawn.picture.save(out)
+    as_json = answer is options.Format.JSON
+    if not as_json:
+        typer.echo(f"{drawn}, seed {seed}, picture in {out}")
+    comparison = None
+    if compare:
+        with load(wish.model, [where[0]], threads=threads, **keywords) as pipe:
+            alone = _once(pipe, arguments, seed, scheduler, label="1 device")
+        comparison = _compare(drawn, alone, out)
+    if as_json:
+        compared = {"compared": comparison.as_dict()} if comparison else {}
+        typer.echo(json.dumps({**drawn.as_dict(), "seed": seed, "picture": str(out), **compared}, indent=1))
+    elif comparison:
+        typer.echo(comparison)
+
+
+def _once(pipe: LoadedPipeline, arguments: dict[str, Any], seed: int, scheduler: str | None, label: str) -> Drawn:
+    import diffusers
+    import torch
+
+    if scheduler is not None:
+        pipe.scheduler = getattr(diffusers, scheduler).from_config(pipe.scheduler.config)
+    pipe.set_progress_bar_config(desc=label, dynamic_ncols=True, **({} if pipe.rank == 0 else {"disable": True}))
+    with cancelled_by_ctrl_c(pipe):
+        picture = pipe(**arguments, generator=torch.Generator("cpu").manual_seed(seed)).images[0]
+    times = pipe.last_run
+    assert times is not None
+    return Drawn(
+        picture, str(pipe.plan), devices_in_words(pipe.devices, pipe.threads), times.seconds_per_step, times.total
+    )
+
+
+def _compare(drawn: Drawn, alone: Drawn, out: Path) -> Comparison:
+    from distrifusion.quality.metrics import psnr, ssim
+    from distrifusion.quality.panel import side_by_side
+
+    path = out.with_name(f"{out.stem}-compare{out.suffix}")
+    side_by_side(alone.picture, drawn.picture, "1 device", drawn.plan).save(path)
+    return Comparison(
+        alone,
+        alone.per_step / drawn.per_step,
+        alone.total / drawn.total,
+        psnr(drawn.picture, alone.picture),
+        ssim(drawn.picture, alone.picture),
+        path,
+    )
+
+
+def _check_picture_path(path: Path) -> None:
+    from PIL import Image
+
+    if not path.parent.is_dir():
+        raise ConfigError(f"there is no folder '{path.parent}' for the picture '{path.name}'; make it first")
+    if path.is_dir():
+        raise ConfigError(f"'{path}' is a folder; name a file in it, such as {path / 'out.png'}")
+    Image.init()
+    if path.suffix.lower() not in Image.EXTENSION or Image.EXTENSION[path.suffix.lower()] not in Image.SAVE:
+        raise ConfigError(f"'{path.name}' does not end in a kind of picture; use .png, .jpg or .webp")
+
+
+def _check_comparable(spec: Any, plan: str | None) -> None:
+    from distrifusion.plan import Plan
+    from distrifusion.runtime.devices import resolve
+
+    refuse_torchrun("--compare")
+    where, _ = resolve(spec, None if plan is None else Plan.parse(plan))
+    if len(where) == 1:
+        raise ConfigError("--compare compares with one device, and this is one; name two or more by --devices")

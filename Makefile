@@ -3,7 +3,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup run test lint format constraints clean
+.PHONY: help setup run test support lint format constraints clean
 SHELL := /bin/bash
 
 PYTHON ?= python3
@@ -51,6 +51,9 @@ run: setup ## draw PROMPT with MODEL on DEVICES processes
 
 test: setup ## set up and pass the tests
 	$(BIN)/python -m pytest -q $(TESTS)
+
+support: setup ## pass the tests and write what they prove to support.json and docs/support.md
+	$(BIN)/python -m pytest -q --write-support
 
 lint: setup ## rules, format and types, changing nothing
 	$(BIN)/ruff check

@@ -1,4 +1,4 @@
-"""What every test shares: one thread per rank, and the same examples in every run."""
+"""What every test shares: one thread per rank, the same examples in every run, and the matrix of what they prove."""
 
 from __future__ import annotations
 
@@ -8,8 +8,22 @@ import pytest
 import torch
 from hypothesis import settings
 
+from distrifusion import support
+from support_matrix import SupportMatrix, covers_all
+
 settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=60)
 settings.load_profile("repeatable")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--write-support", action="store_true", help="write the support matrix from what this whole run proves"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    matrix = SupportMatrix(support.matrix(), config.getoption("--write-support"), covers_all(config))
+    config.pluginmanager.register(matrix, "support-matrix")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -10,10 +10,13 @@ from division import EXACT, errors, on_ranks, predictions
 from distrifusion.denoiser import ParallelDenoiser
 from models import moved, relative_error, run_request, sdxl_unet, to_dtype, unet_inputs
 
-HALF = [torch.float16, torch.bfloat16]
+HALF = [
+    pytest.param(dtype, marks=pytest.mark.supports("dtype", str(dtype).removeprefix("torch.")), id=str(dtype))
+    for dtype in (torch.float16, torch.bfloat16)
+]
 
 
-@pytest.fixture(scope="module", params=HALF, ids=str)
+@pytest.fixture(scope="module", params=HALF)
 def half_unet(request: pytest.FixtureRequest) -> UNet2DConditionModel:
     return sdxl_unet().to(request.param)
 
@@ -37,6 +40,7 @@ def test_half_precision_is_as_near_to_fp32_as_one_device(half_unet: UNet2DCondit
             assert 0 < relative_error(output, reference) <= 1.25 * error
 
 
+@pytest.mark.supports("dtype", "torch.autocast")
 def test_autocast_is_as_near_to_fp32_as_one_device(sdxl: UNet2DConditionModel) -> None:
     x = unet_inputs(sdxl, 2, 25, 17)
     steps = [x, moved(x), moved(x)]
@@ -54,6 +58,7 @@ def test_autocast_is_as_near_to_fp32_as_one_device(sdxl: UNet2DConditionModel) -
             assert EXACT < relative_error(output, reference) <= 1.25 * error
 
 
+@pytest.mark.supports("dtype", "channels-last memory")
 @pytest.mark.parametrize("plan", ["patch3.displaced.w1", "patch2.columns.displaced.w1", "patch8", "cfg2"])
 def test_channels_last_equals_one_device(plan: str) -> None:
     unet = sdxl_unet().to(memory_format=torch.channels_last)

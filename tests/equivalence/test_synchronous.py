@@ -139,6 +139,7 @@ def test_residuals_of_a_controlnet_are_cut_at_their_level(unets: dict[str, UNet2
     assert max(errors(unet, plan, [controlled])) <= EXACT
 
 
+@pytest.mark.supports("feature", "attention slicing")
 @pytest.mark.parametrize("slice_size", ["auto", "max", 1])
 def test_sliced_attention_equals_one_device(sdxl: UNet2DConditionModel, slice_size: str | int) -> None:
     inputs = unet_inputs(sdxl, 2, 17, 9)

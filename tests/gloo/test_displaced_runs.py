@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from claims import claims
 from pipelines import Call
 from work import draw
 from world import GlooWorld
@@ -38,7 +39,10 @@ def worst(gloo: GlooWorld, family: str, scheduler: str, plan: str, call: Call, r
     return relative_error(by_rank[0][0], reference)
 
 
-@pytest.mark.parametrize(("family", "scheduler", "plan"), RUNS)
+@pytest.mark.parametrize(
+    ("family", "scheduler", "plan"),
+    [pytest.param(*run, marks=claims(*run[:2], plan=f"{run[2]}.displaced")) for run in RUNS],
+)
 def test_a_displaced_run_is_near_and_far_nearer_than_without_exchange(
     gloo: GlooWorld, alone: Alone, without_exchange: WithoutExchange, family: str, scheduler: str, plan: str
 ) -> None:

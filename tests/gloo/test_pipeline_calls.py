@@ -44,7 +44,25 @@ CALLS = {
 }
 
 
-@pytest.mark.parametrize("arguments", CALLS.values(), ids=CALLS)
+FEATURES = {
+    "two images of a prompt": "several pictures of a prompt",
+    "two prompts": "several prompts in one call",
+    "a negative prompt": "negative prompt",
+    "guidance off": "guidance off",
+    "guidance off, three images": "guidance off",
+    "rescaled guidance": "guidance_rescale",
+    "latents": "latents=",
+    "a callback that changes the latents": "callback that changes the latents",
+}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        pytest.param(call, id=name, marks=pytest.mark.supports("feature", FEATURES[name]))
+        for name, call in CALLS.items()
+    ],
+)
 @pytest.mark.parametrize("family", ["sdxl", "sd"])
 def test_a_call_with_arguments_equals_the_plain_pipeline(
     gloo: GlooWorld, alone: Alone, family: str, arguments: dict[str, Any]
@@ -55,6 +73,7 @@ def test_a_call_with_arguments_equals_the_plain_pipeline(
     assert all(relative_error(latents, reference) <= EXACT for (latents,) in by_rank)
 
 
+@pytest.mark.supports("feature", "prompt_embeds")
 def test_prompts_given_as_tensors_equal_the_plain_pipeline(gloo: GlooWorld, alone: Alone) -> None:
     call = Call(embeddings(2))
     by_rank = gloo.run(draw, "sd", "euler", "cfg2", call, ranks=2)
@@ -69,6 +88,7 @@ def test_decoded_pictures_equal_the_plain_pipeline(gloo: GlooWorld, alone: Alone
     assert all(relative_error(picture, reference) <= EXACT for (picture,) in by_rank)
 
 
+@pytest.mark.supports("feature", "generator")
 @pytest.mark.parametrize(("family", "scheduler"), [("sdxl", "euler_ancestral"), ("sd", "lcm"), ("sd", "dpmpp_2m_sde")])
 def test_a_generator_gives_the_plain_pipelines_noise_whatever_the_other_ranks_pass(
     gloo: GlooWorld, alone: Alone, family: str, scheduler: str
@@ -80,6 +100,7 @@ def test_a_generator_gives_the_plain_pipelines_noise_whatever_the_other_ranks_pa
     assert all(relative_error(latents, reference) <= EXACT for (latents,) in by_rank)
 
 
+@pytest.mark.supports("feature", "eta")
 def test_eta_reaches_the_scheduler(gloo: GlooWorld, alone: Alone) -> None:
     call = Call({"eta": 0.8}, generator=11)
     reference = alone("sdxl", "ddim", call)
@@ -99,6 +120,7 @@ def test_runs_that_nobody_seeded_agree_on_all_ranks_and_differ_from_each_other(g
 SIZES = [Call({"height": height, "width": width}) for height, width in ((200, 136), (136, 328), (72, 72))]
 
 
+@pytest.mark.supports("feature", "another size in every call")
 def test_sizes_change_between_calls_without_rebuilding(gloo: GlooWorld, alone: Alone) -> None:
     references = [alone("sdxl", "euler", call) for call in SIZES]
     for latents in gloo.run(draw, "sdxl", "euler", "patch4", *SIZES):
@@ -127,6 +149,7 @@ def test_a_restored_pipeline_is_what_it_was(gloo: GlooWorld, family: str, plan: 
         assert [fact for fact, holds in facts.items() if not holds] == []
 
 
+@pytest.mark.supports("adapter", "LoRA, added to a parallelized pipeline")
 def test_an_adapter_added_to_a_parallelized_pipeline_takes_part(gloo: GlooWorld, alone: Alone) -> None:
     call = Call()
     (reference,) = gloo.run(draw_with_adapter, "sdxl", "ddim", None, call, ranks=1)

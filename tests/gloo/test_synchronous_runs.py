@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from claims import claims
 from pipelines import Call
 from work import draw
 from world import GlooWorld
@@ -34,7 +35,9 @@ RUNS = [
 ]
 
 
-@pytest.mark.parametrize(("family", "scheduler", "plan", "size"), RUNS)
+@pytest.mark.parametrize(
+    ("family", "scheduler", "plan", "size"), [pytest.param(*run, marks=claims(*run[:3])) for run in RUNS]
+)
 def test_a_synchronous_run_equals_the_plain_pipeline_on_every_rank(
     gloo: GlooWorld, alone: Alone, family: str, scheduler: str, plan: str, size: tuple[int, int]
 ) -> None:

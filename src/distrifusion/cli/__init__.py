@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from distrifusion.cli.models import models
 from distrifusion.cli.run import run
 
 app = typer.Typer(
@@ -37,4 +38,5 @@ def main(
     """
 
 
-app.command()(run)
+for command in (run, models):
+    app.command()(command)

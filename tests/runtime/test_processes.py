@@ -8,6 +8,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 import distrifusion
 
 SOURCE = Path(distrifusion.__file__).parents[1]
@@ -35,7 +37,7 @@ if sys.stdin.readline() == "draw\\n":
 RANK = """
 import sys
 import torch
-from distrifusion import load
+from distrifusion import Cancelled, load
 
 with load(sys.argv[1], plan="patch2.displaced.w1") as pipe:
     generator = torch.Generator().manual_seed(4)
@@ -46,6 +48,22 @@ with load(sys.argv[1], plan="patch2.displaced.w1") as pipe:
     ).images
     assert steps == [0, 1, 2] and len(pipe.devices) == 2 and str(pipe.plan) == "patch2.displaced.w1"
     torch.save(latents, f"{sys.argv[2]}/{pipe.rank}.pt")
+
+    def cancel(p, step, timestep, tensors):
+        if pipe.rank == 1 and step == 2:
+            pipe.cancel()
+        return tensors
+
+    try:
+        pipe("a lake", num_inference_steps=50, callback_on_step_end=cancel)
+    except Cancelled as cancelled:
+        assert cancelled.step == 3, cancelled.step
+    else:
+        raise AssertionError("the call was not cancelled")
+    pipe.cancel()
+    generator.manual_seed(4)
+    again = pipe("a lake", num_inference_steps=3, generator=generator, output_type="latent").images
+    assert torch.equal(again, latents)
 assert not torch.distributed.is_initialized()
 """
 
@@ -108,7 +126,8 @@ def test_a_killed_parent_leaves_nobody_even_within_a_call(tmp_path: Path, sdxl_f
     assert gone_within(pids, 10)
 
 
-def test_torchrun_ranks_join(tmp_path: Path, sdxl_folder: Path) -> None:
+@pytest.mark.supports("feature", "cancel() under torchrun")
+def test_torchrun_ranks_join_draw_and_cancel(tmp_path: Path, sdxl_folder: Path) -> None:
     import torch
 
     script = tmp_path / "rank.py"

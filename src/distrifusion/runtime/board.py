@@ -1,4 +1,4 @@
-"""A few numbers in memory shared by the caller and its workers: the denoising step every rank is in.
+"""A few numbers in memory shared by the caller and its workers: the step every rank is in, and the end of a call.
 
 A number in shared memory costs a rank nothing to write and the caller nothing to read, where a message per step and
 rank would wake processes that are computing.
@@ -10,44 +10,76 @@ import mmap
 import os
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 
-OUTSIDE = -1
+_OUTSIDE = -1
 _BYTES = 8
+# One number holds both a call and a boundary, so that no reader sees half of the pair.
+_BOUNDARY_BITS = 32
 
 
 class Board:
-    """Steps of all ranks; `OUTSIDE` where a rank is not in a denoising loop."""
+    """Steps of all ranks, the last call that was cancelled, and the boundary at which the ranks leave it.
+
+    Args:
+        fd: of the shared memory, which the board owns from here on.
+    """
 
     def __init__(self, fd: int, num_ranks: int) -> None:
         self.fd = fd
-        self._memory = mmap.mmap(fd, num_ranks * _BYTES)
-        self._steps = memoryview(self._memory).cast("q")
+        self.num_ranks = num_ranks
+        self._memory = mmap.mmap(fd, (num_ranks + 2) * _BYTES)
+        self._cells = memoryview(self._memory).cast("q")
+        self._cancelled, self._end = num_ranks, num_ranks + 1
 
     @classmethod
     def create(cls, num_ranks: int) -> Board:
         """A new board in a file that has no name, so that nothing is left behind however the processes end."""
         with tempfile.TemporaryFile() as file:
-            file.truncate(num_ranks * _BYTES)
+            file.truncate((num_ranks + 2) * _BYTES)
             board = cls(os.dup(file.fileno()), num_ranks)
-        for rank in range(num_ranks):
-            board.write(rank, OUTSIDE)
+        board.clear()
         return board
 
-    def write(self, rank: int, step: int) -> None:
-        """Say that `rank` is now in `step`."""
-        self._steps[rank] = step
+    def clear(self) -> None:
+        """No rank is in a loop."""
+        for rank in range(self.num_ranks):
+            self.write(rank, None)
+
+    def write(self, rank: int, step: int | None) -> None:
+        """Say that `rank` is now in `step`, or outside a loop."""
+        self._cells[rank] = _OUTSIDE if step is None else step
 
     def read(self) -> Sequence[int]:
-        """The step of every rank."""
-        return list(self._steps)
+        """A number per rank that changes when the rank moves on."""
+        return list(self._cells[: self.num_ranks])
 
     def step_of(self, rank: int) -> int | None:
         """The step `rank` is in, or None outside a loop."""
-        step = self._steps[rank]
-        return None if step == OUTSIDE else step
+        step = self._cells[rank]
+        return None if step == _OUTSIDE else step
+
+    def cancel(self, call: int) -> None:
+        """Say that the caller wants `call` to end; from any thread and any signal handler."""
+        with suppress(ValueError):  # the board was closed meanwhile, and with it the call
+            self._cells[self._cancelled] = call
+
+    def is_cancelled(self, call: int) -> bool:
+        """True if the caller wants `call` to end."""
+        return self._cells[self._cancelled] == call
+
+    def end_call(self, call: int, boundary: int) -> None:
+        """Say that all ranks leave `call` at `boundary`, or at their next one if they have passed it."""
+        self._cells[self._end] = call << _BOUNDARY_BITS | boundary
+
+    def last_boundary(self, call: int) -> int | None:
+        """The boundary at which all ranks leave `call`, None if nobody said so."""
+        ends, boundary = divmod(self._cells[self._end], 1 << _BOUNDARY_BITS)
+        return boundary if ends == call else None
 
     def close(self) -> None:
-        """Give the memory and the file back."""
-        self._steps.release()
-        self._memory.close()
-        os.close(self.fd)
+        """Give the memory and the file back; a second close does nothing."""
+        if not self._memory.closed:
+            self._cells.release()
+            self._memory.close()
+            os.close(self.fd)

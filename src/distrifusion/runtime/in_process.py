@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,12 +12,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from diffusers import DiffusionPipeline
+from torch.distributed.distributed_c10d import _get_default_store
 
 from distrifusion.errors import ConfigError
 from distrifusion.plan import Plan
 from distrifusion.runtime import attributes, source
+from distrifusion.runtime.cancelling import Boundaries, OwnAgreement, StoreAgreement
 from distrifusion.runtime.pipeline import LoadedPipeline, tensor_inputs
+from distrifusion.runtime.stepping import WatchedBars
 from distrifusion.runtime.timing import RunTimes, StepClock
+
+_pipelines = itertools.count()
 
 
 class InProcessPipeline(LoadedPipeline):
@@ -32,16 +38,26 @@ class InProcessPipeline(LoadedPipeline):
         ends_group: bool = False,
     ) -> None:
         super().__init__(plan, devices, threads, rank)
-        self.__dict__.update(_pipe=pipe, _ends_group=ends_group, _known=source.facts_of(pipe))
+        agreement = OwnAgreement() if plan.num_ranks == 1 else StoreAgreement(_meeting_place())
+        boundaries = Boundaries(agreement)
+        own: dict[str, Any] = {"_pipe": pipe, "_ends_group": ends_group, "_known": source.facts_of(pipe)}
+        own |= {"_agreement": agreement, "_boundaries": boundaries}
+        self.__dict__.update(own)
+        pipe.progress_bar = WatchedBars(pipe.progress_bar, boundaries)
 
     def _facts(self) -> source.PipelineFacts:
         return self._known
 
-    def _run(self, arguments: dict[str, Any]) -> tuple[Any, RunTimes]:
+    def _run(self, number: int, arguments: dict[str, Any]) -> tuple[Any, RunTimes]:
         clock = StepClock(self._pipe.device)
+        self._boundaries.begin(number)
+        followed = _followed(type(self._pipe), arguments, clock, self._boundaries)
         with _threads(self.threads):
-            output = self._pipe(**{**arguments, **_timed(type(self._pipe), arguments, clock)})
+            output = self._pipe(**{**arguments, **followed})
         return output, clock.times()
+
+    def _cancel(self, number: int) -> None:
+        self._agreement.cancel(number)
 
     def _get(self, name: str) -> Any:
         return attributes.resolve(self._pipe, name)
@@ -50,6 +66,7 @@ class InProcessPipeline(LoadedPipeline):
         attributes.replace(self._pipe, name, value)
 
     def _end(self) -> None:
+        del self._pipe.progress_bar
         self.__dict__["_pipe"] = None
         if self._ends_group:
             dist.destroy_process_group()
@@ -101,15 +118,22 @@ class TorchrunPlace:
         return True
 
 
-def _timed(cls: type, arguments: Mapping[str, Any], clock: StepClock) -> dict[str, Any]:
-    """Arguments that make the pipeline tell the clock of every step, before the caller's own callback."""
+def _meeting_place() -> dist.Store:
+    """Room in the process group's store for one pipeline; every rank loads the same pipelines in the same order."""
+    return dist.PrefixStore(f"distrifusion/cancel/{next(_pipelines)}", _get_default_store())
+
+
+def _followed(cls: type, arguments: Mapping[str, Any], clock: StepClock, boundaries: Boundaries) -> dict[str, Any]:
+    """Arguments that make the pipeline tell of every step: the clock before the caller's own callback."""
     if not source.takes_step_callback(cls):
         return {}
     callback = arguments.get("callback_on_step_end")
 
     def step_ended(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> Any:
         clock.step_ended(last=step + 1 == getattr(pipe, "num_timesteps", None))
-        return tensors if callback is None else callback(pipe, step, timestep, tensors)
+        answer = tensors if callback is None else callback(pipe, step, timestep, tensors)
+        boundaries.step_ends(step)
+        return answer
 
     names = [] if callback is None else list(tensor_inputs(arguments))
     return {"callback_on_step_end": step_ended, "callback_on_step_end_tensor_inputs": names}

@@ -40,9 +40,11 @@ class Call:
     """Call the pipeline. Answer: CallResult.
 
     Attributes:
+        number: of the call, as the caller counts them.
         tensor_inputs: names of tensors the caller's `callback_on_step_end` gets, None if there is none.
     """
 
+    number: int
     arguments: Mapping[str, Any]
     randomness: Randomness
     tensor_inputs: tuple[str, ...] | None

@@ -53,7 +53,8 @@ class LoadedPipeline(ABC):
 
     def __init__(self, plan: Plan, devices: tuple[torch.device, ...], threads: int | None, rank: int) -> None:
         own = {"plan": plan, "devices": devices, "threads": threads, "rank": rank, "last_run": None}
-        own |= {"_lock": threading.RLock(), "_calling": False, "_closed": False}
+        # Calls are counted from 1; `_running` is the number of the one that is being served.
+        own |= {"_lock": threading.RLock(), "_num_calls": 0, "_running": None, "_closed": False}
         self.__dict__.update(own)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -63,28 +64,40 @@ class LoadedPipeline(ABC):
 
         Raises:
             ConfigError: if an argument is unknown or cannot work; the nearest that works is named.
+            Cancelled: if `cancel` was called meanwhile.
             RankFailed, StepTimeout: if a rank fails alone or stands still; the next call starts the ranks anew.
             Whatever the pipeline itself raises on every rank alike.
         """
         with self._turn():
-            facts = self._facts()
-            arguments = call_checks.bind(facts, args, kwargs)
-            call_checks.check(facts, arguments)
-            self.__dict__["_calling"] = True
+            number = self._num_calls + 1
+            self.__dict__.update(_num_calls=number, _running=number)
             try:
-                output, times = self._run(arguments)
+                facts = self._facts()
+                arguments = call_checks.bind(facts, args, kwargs)
+                call_checks.check(facts, arguments)
+                output, times = self._run(number, arguments)
             finally:
-                self.__dict__["_calling"] = False
+                self.__dict__["_running"] = None
             self.__dict__["last_run"] = times
             return output
+
+    def cancel(self) -> None:
+        """End the call that is being served: it raises `Cancelled`, and the pipeline is ready for the next call.
+
+        It may be called from another thread, from a callback or from a signal handler, and returns at once. All ranks
+        leave after the same denoising step, at the latest the one after that in which they hear of it. If no step
+        follows at which they could leave (the picture is being decoded), the call ends as if nothing was said; if no
+        call is being served, nothing happens. Under torchrun one rank calls it for all.
+        """
+        number = self._running
+        if number is not None:
+            self._cancel(number)
 
     def close(self) -> None:
         """End what `load` started; a second close does nothing."""
         with self._lock:
-            if self._calling:
-                raise ConfigError(
-                    "a callback cannot close the pipeline that is calling it; set _interrupt to end the run"
-                )
+            if self._running is not None:
+                raise ConfigError("a callback cannot close the pipeline that is calling it; cancel() ends the call")
             if not self._closed:
                 self.__dict__["_closed"] = True
                 self._end()
@@ -120,7 +133,7 @@ class LoadedPipeline(ABC):
         with self._lock:
             if self._closed:
                 raise ConfigError("this pipeline is closed; load it again")
-            if self._calling and not within_call:
+            if self._running is not None and not within_call:
                 raise ConfigError("a callback cannot call the pipeline that is calling it")
             yield
 
@@ -128,7 +141,10 @@ class LoadedPipeline(ABC):
     def _facts(self) -> PipelineFacts: ...
 
     @abstractmethod
-    def _run(self, arguments: dict[str, Any]) -> tuple[Any, RunTimes]: ...
+    def _run(self, number: int, arguments: dict[str, Any]) -> tuple[Any, RunTimes]: ...
+
+    @abstractmethod
+    def _cancel(self, number: int) -> None: ...
 
     @abstractmethod
     def _get(self, name: str) -> Any: ...

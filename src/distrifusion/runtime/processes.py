@@ -62,11 +62,11 @@ class Processes:
     owner: int = field(default_factory=os.getpid)
 
     @classmethod
-    def start(cls, crew: Crew) -> Processes:
+    def start(cls, crew: Crew, board: Board) -> Processes:
         """Start one process per rank of the crew."""
         limit = datetime.timedelta(seconds=crew.start_timeout)
         store = dist.TCPStore("127.0.0.1", 0, is_master=True, timeout=limit, wait_for_workers=False)
-        started = cls(Board.create(len(crew.devices)), store)
+        started = cls(board, store)
         try:
             for rank in range(len(crew.devices)):
                 started._spawn(crew, rank)
@@ -112,7 +112,6 @@ class Processes:
             process.kill()
         for process in self.processes:
             process.wait()
-        self.board.close()
 
     def close(self) -> None:
         """Let the processes end, and end those that do not within seconds."""

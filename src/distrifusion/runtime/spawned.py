@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from distrifusion.errors import ConfigError, RankFailed
+from distrifusion.errors import Cancelled, ConfigError, RankFailed
 from distrifusion.runtime import call_checks, randomness
 from distrifusion.runtime.operations import Call, CallResult, Component, Get, Invoke, Method, Same, Set
 from distrifusion.runtime.pipeline import LoadedPipeline, tensor_inputs
@@ -91,23 +91,28 @@ class SpawnedPipeline(LoadedPipeline):
         self.start()
         return self._workers.facts
 
-    def _run(self, arguments: dict[str, Any]) -> tuple[Any, RunTimes]:
+    def _run(self, number: int, arguments: dict[str, Any]) -> tuple[Any, RunTimes]:
         callback = arguments.get("callback_on_step_end")
         names = None if callback is None else tensor_inputs(arguments)
         sent = {name: value for name, value in arguments.items() if not name.startswith("callback_on_step_end")}
         with_cuda = torch.cuda.is_initialized() or sent.get("generator") is None
-        call = Call(sent, randomness.capture(self.devices[0], {}, with_cuda), names)
-        watcher = _Watcher(self, self._workers, callback, self._bar_config, with_cuda)
+        call = Call(number, sent, randomness.capture(self.devices[0], {}, with_cuda), names)
+        watcher = _Watcher(self, self._workers, number, callback, self._bar_config, with_cuda)
         try:
             result: CallResult = self._ask(call, watcher)[0]
         except (CallbackRaised, RankFailed):
             if watcher.error is None:
                 raise
             raise watcher.error from None
+        except Cancelled as cancelled:
+            raise cancelled from None
         finally:
             watcher.close_bar()
         assert result.times is not None
         return result.output, result.times
+
+    def _cancel(self, number: int) -> None:
+        self._workers.board.cancel(number)
 
     def _get(self, path: str) -> Any:
         self.start()
@@ -130,7 +135,7 @@ class SpawnedPipeline(LoadedPipeline):
         payload, generators = pack(operation, modules=isinstance(operation, Invoke))
         call_checks.check_generators(generators, self.devices[0])
         crew = self._workers.crew
-        limit = crew.step_timeout if self._calling else crew.start_timeout
+        limit = crew.start_timeout if self._running is None else crew.step_timeout
         num_ranks = 1 if _for_one_rank(operation) else len(self.devices)
         if watcher is not None:
             watcher.generators = generators
@@ -144,7 +149,7 @@ class SpawnedPipeline(LoadedPipeline):
         if isinstance(operation, Call | Invoke):
             states = answers[0].randomness if isinstance(operation, Call) else answers[0][1]
             self._take_over(operation, states, generators)
-        if not self._calling and _is_change(operation, answers[0]):
+        if self._running is None and _is_change(operation, answers[0]):
             self._remember(operation, payload)
         return answers
 
@@ -208,6 +213,7 @@ class _Watcher:
         self,
         pipe: SpawnedPipeline,
         workers: Workers,
+        number: int,
         callback: Callable[..., Any] | None,
         bar_config: Mapping[str, Any],
         with_cuda: bool,
@@ -217,6 +223,7 @@ class _Watcher:
         self._with_cuda = with_cuda
         self._pipe = pipe
         self._workers = workers
+        self._number = number
         self._callback = callback
         self._bar_config = bar_config
         self._bar: Any = None
@@ -231,7 +238,12 @@ class _Watcher:
             case BarClosed():
                 self.close_bar()
             case StepEnded(step, payload):
-                self._workers.answer_step(StepAnswer(call, self._answer(step, payload)))
+                answer = StepAnswer(call, self._answer(step, payload))
+                board = self._workers.board
+                if board.is_cancelled(self._number):
+                    # Every rank waits for this answer, so all can leave at the end of this very step.
+                    board.end_call(self._number, 0)
+                self._workers.answer_step(answer)
 
     def close_bar(self) -> None:
         """Leave the bar as it stands; a second time does nothing."""

@@ -1,4 +1,4 @@
-"""A worker's side of a running call: the progress bar and the step callback of the caller."""
+"""What a pipeline's denoising loop runs into after every step: the progress bar and the step callback."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from distrifusion.runtime import randomness
-from distrifusion.runtime.board import OUTSIDE, Board
+from distrifusion.runtime.cancelling import Boundaries
 from distrifusion.runtime.timing import StepClock
 from distrifusion.runtime.wire import (
     BarClosed,
@@ -26,29 +26,71 @@ from distrifusion.runtime.wire import (
 )
 
 
-class RelayedBar:
-    """Stands in for diffusers' progress bar: rank 0 tells the caller, every rank notes that its loop runs."""
+class WatchedBars:
+    """Stands in for a pipeline's `progress_bar`: the bar of `draw` is shown, and `boundaries` hears of every step.
 
-    def __init__(self, line: Line, rank: int, board: Board) -> None:
+    Every loop of every diffusers pipeline moves a bar, also those that have no callback.
+    """
+
+    def __init__(self, draw: Callable[..., Any], boundaries: Boundaries) -> None:
+        self._draw = draw
+        self._boundaries = boundaries
+
+    def __call__(self, iterable: Iterable[Any] | None = None, total: int | None = None) -> WatchedBar:
+        self._boundaries.loop_begins()
+        return WatchedBar(self._draw(iterable=iterable, total=total), self._boundaries)
+
+
+class WatchedBar:
+    """One bar, used as diffusers uses it: within `with`, iterated over, or moved and closed by hand."""
+
+    def __init__(self, bar: Any, boundaries: Boundaries) -> None:
+        self._bar = bar
+        self._boundaries = boundaries
+
+    def __enter__(self) -> WatchedBar:
+        self._bar.__enter__()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        # After an error the boundaries keep the step it was raised in.
+        if error is None:
+            self._boundaries.loop_ends()
+        self._bar.__exit__(kind, error, trace)
+
+    def __iter__(self) -> Iterator[Any]:
+        for item in self._bar:
+            yield item
+            self._boundaries.bar_moves()
+        self._boundaries.loop_ends()
+
+    def update(self, n: float = 1) -> None:
+        """Move the bar on."""
+        self._bar.update(n)
+        self._boundaries.bar_moves()
+
+    def close(self) -> None:
+        """End the bar and the loop."""
+        self._boundaries.loop_ends()
+        self._bar.close()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._bar, name)
+
+
+class RelayedBar:
+    """Rank 0's bar, which the caller draws; the other ranks have one that nobody draws."""
+
+    def __init__(self, line: Line, rank: int, iterable: Iterable[Any] | None, total: int | None) -> None:
         self._line = line
         self._rank = rank
-        self._board = board
-        self._items: Iterable[Any] = ()
-
-    def __call__(self, iterable: Iterable[Any] | None = None, total: int | None = None) -> RelayedBar:
-        """What `pipe.progress_bar(...)` calls: a bar over `iterable`, or of `total` steps."""
-        self._items = () if iterable is None else iterable
-        if total is None and hasattr(iterable, "__len__"):
-            total = len(iterable)  # type: ignore[arg-type]
-        self._board.write(self._rank, 0)
-        self._tell(BarOpened(total))
-        return self
+        self._items: Iterable[Any] = () if iterable is None else iterable
+        self._tell(BarOpened(getattr(iterable, "__len__", lambda: None)() if total is None else total))
 
     def __enter__(self) -> RelayedBar:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        # After an error the board keeps the step it was raised in.
         if error is None:
             self.close()
 
@@ -64,7 +106,6 @@ class RelayedBar:
 
     def close(self) -> None:
         """End the bar."""
-        self._board.write(self._rank, OUTSIDE)
         self._tell(BarClosed())
 
     def set_postfix(self, *_: Any, **__: Any) -> None:
@@ -81,19 +122,19 @@ class RelayedBar:
 class StepEnd:
     """The `callback_on_step_end` that a worker gives to its pipeline.
 
-    Every rank calls it after every step. It notes the step, and if the caller has a callback it waits until the
-    caller has run it, so that the changes are the same on every rank; random states go with the step and come back.
+    Every rank calls it after every step. If the caller has a callback it waits until the caller has run it, so that
+    the changes are the same on every rank; random states go with the step and come back.
 
     Attributes:
-        call: id of the running call.
+        request: id of the request that is the running call.
         serve: answers the caller's requests until the message that ends the step.
         relayed: the caller has a callback.
     """
 
     line: Line
-    call: int
+    request: int
     rank: int
-    board: Board
+    boundaries: Boundaries
     device: torch.device
     generators: Generators
     clock: StepClock
@@ -104,14 +145,14 @@ class StepEnd:
         self.clock.step_ended(last=step + 1 == getattr(pipe, "num_timesteps", None))
         answer = self._answer(step, timestep, tensors) if self.relayed else {}
         # Only now is the step over: an error in the exchange above belongs to it.
-        self.board.write(self.rank, step + 1)
+        self.boundaries.step_ends(step)
         return answer
 
     def _answer(self, step: int, timestep: Any, tensors: dict[str, Any]) -> Any:
         if self.rank == 0:
             states = randomness.capture(self.device, self.generators)
             self.line.send(StepEnded(step, pack((timestep, tensors, states))[0]))
-        answer = self.serve(self.call)
+        answer = self.serve(self.request)
         if answer.payload is None:
             raise CallbackRaised("the caller's callback raised")
         in_place, returned, states = unpack(answer.payload, self.device)[0]

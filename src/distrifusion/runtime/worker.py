@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -23,7 +24,8 @@ import transformers
 
 from distrifusion.in_place import parallelize
 from distrifusion.runtime import attributes, randomness
-from distrifusion.runtime.board import OUTSIDE, Board
+from distrifusion.runtime.board import Board
+from distrifusion.runtime.cancelling import BoardAgreement, Boundaries
 from distrifusion.runtime.operations import (
     Call,
     CallResult,
@@ -37,7 +39,7 @@ from distrifusion.runtime.operations import (
     Value,
 )
 from distrifusion.runtime.source import PipelineFacts, facts_of, takes_step_callback
-from distrifusion.runtime.stepping import RelayedBar, StepEnd
+from distrifusion.runtime.stepping import RelayedBar, StepEnd, WatchedBars
 from distrifusion.runtime.timing import StepClock
 from distrifusion.runtime.wire import (
     Close,
@@ -63,6 +65,7 @@ class Worker:
         self.rank = rank
         self.line = line
         self.board = board
+        self.boundaries = Boundaries(BoardAgreement(board, rank), partial(board.write, rank))
         self.device = torch.device("cpu")
         self.pipe: Any = None
         self._operations: dict[type, Callable[..., Any]] = {
@@ -81,7 +84,7 @@ class Worker:
                     return
                 case Request() as request:
                     self._answer(request)
-                    self.board.write(self.rank, OUTSIDE)
+                    self.board.write(self.rank, None)
                 case StepAnswer():
                     # Of a call that has failed here while the caller's callback ran.
                     continue
@@ -120,17 +123,17 @@ class Worker:
             torch.cuda.set_device(self.device)
         limit = datetime.timedelta(seconds=op.limit)
         store = dist.TCPStore("127.0.0.1", op.port, is_master=False, timeout=limit)
-        world_size = len(self.board.read())
-        dist.init_process_group(op.backend, store=store, rank=self.rank, world_size=world_size, timeout=limit)
+        dist.init_process_group(op.backend, store=store, rank=self.rank, world_size=self.board.num_ranks, timeout=limit)
         pipe = op.source.open(self.device)
         # Before parallelize gives it a class of its own, which the caller could not import.
         facts = facts_of(pipe)
         self.pipe = parallelize(pipe, op.plan)
-        self.pipe.progress_bar = RelayedBar(self.line, self.rank, self.board)
+        self.pipe.progress_bar = WatchedBars(partial(RelayedBar, self.line, self.rank), self.boundaries)
         return facts
 
     def _call(self, op: Call, request: int, generators: Generators) -> CallResult:
         randomness.restore(op.randomness, self.device, {})
+        self.boundaries.begin(op.number)
         clock = StepClock(self.device)
         output = self.pipe(**op.arguments, **self._step_end(op, request, generators, clock))
         times = clock.times()
@@ -143,9 +146,9 @@ class Worker:
             return {}
         step_end = StepEnd(
             line=self.line,
-            call=request,
+            request=request,
             rank=self.rank,
-            board=self.board,
+            boundaries=self.boundaries,
             device=self.device,
             generators=generators,
             clock=clock,

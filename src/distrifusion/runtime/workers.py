@@ -14,6 +14,7 @@ import diffusers
 import transformers
 
 from distrifusion.errors import RankFailed, StepTimeout
+from distrifusion.runtime.board import Board
 from distrifusion.runtime.operations import Open
 from distrifusion.runtime.processes import Crew, Processes
 from distrifusion.runtime.source import PipelineFacts
@@ -61,6 +62,7 @@ class Workers:
 
     def __init__(self, crew: Crew) -> None:
         self.crew = crew
+        self.board = Board.create(len(crew.devices))
         self.facts: PipelineFacts | None = None
         self._started: Processes | None = None
         self._requests = 0
@@ -83,7 +85,8 @@ class Workers:
             RankFailed, StepTimeout: if a rank fails alone or `start_timeout` passes.
             Whatever all ranks raise alike when they open the pipeline.
         """
-        self._started = Processes.start(self.crew)
+        self.board.clear()
+        self._started = Processes.start(self.crew, self.board)
         self._early = {}
         try:
             opens = [self._open(rank, self._started.store.port) for rank in range(len(self.crew.devices))]
@@ -142,6 +145,7 @@ class Workers:
         started, self._started = self._started, None
         if started is not None and started.owner == os.getpid():
             started.close()
+        self.board.close()
 
     def _open(self, rank: int, port: int) -> bytes:
         crew = self.crew
@@ -167,7 +171,7 @@ class Workers:
         return self._started
 
     def _collect(self, number: int, answers: _Answers, limit: float, on_event: OnEvent | None) -> None:
-        seen, progress = self._running().board.read(), time.monotonic()
+        seen, progress = self.board.read(), time.monotonic()
         while not self._settled(answers):
             for rank in self._ready(answers):
                 message = self._hear(rank, answers)
@@ -179,7 +183,7 @@ class Workers:
             # Ends of this call that came while a callback of the caller made requests of its own.
             for rank, reply in self._early.pop(number, {}).items():
                 self._note(rank, reply, answers)
-            steps = self._running().board.read()
+            steps = self.board.read()
             if steps != seen:
                 seen, progress = steps, time.monotonic()
             self._look_for_stopped(answers)
@@ -188,8 +192,7 @@ class Workers:
 
     def _settled(self, answers: _Answers) -> bool:
         """True if nothing more is to be waited for."""
-        board = self._running().board
-        in_loop = any(board.step_of(rank) is not None for rank in answers.waiting)
+        in_loop = any(self.board.step_of(rank) is not None for rank in answers.waiting)
         grace = _GRACE_GONE if answers.gone else _GRACE if in_loop else _GRACE_OUTSIDE
         return not answers.waiting or _overdue(answers.trouble, grace)
 
@@ -231,14 +234,14 @@ class Workers:
         stopped = [rank for rank in sorted(answers.waiting) if started.is_stopped(rank)]
         answers.stopped = (answers.stopped or time.monotonic()) if stopped else None
         if _overdue(answers.stopped, _GRACE_STOPPED):
-            raise _failed(stopped[0], "was stopped by a signal", started.board.step_of(stopped[0]))
+            raise _failed(stopped[0], "was stopped by a signal", self.board.step_of(stopped[0]))
 
     def _judge(self, answers: _Answers) -> None:
         """Raise if anything went wrong: who is gone first, then an error of all, then the first that failed."""
         started = self._running()
         if answers.gone:
             rank = answers.gone[0]
-            raise _failed(rank, started.ending(rank), started.board.step_of(rank))
+            raise _failed(rank, started.ending(rank), self.board.step_of(rank))
         if not answers.failures:
             return
         rank, failure = next(iter(answers.failures.items()))
@@ -249,12 +252,11 @@ class Workers:
         raise RankFailed(f"rank {rank} failed {where}: {what}", rank=rank, step=failure.step) from failure.error()
 
     def _timed_out(self, answers: _Answers, limit: float) -> StepTimeout:
-        board = self._running().board
-        steps = board.read()
+        steps = self.board.read()
         rank = min(answers.waiting, key=lambda waiting: (steps[waiting], waiting))
-        where = _where(board.step_of(rank))
+        where = _where(self.board.step_of(rank))
         return StepTimeout(
-            f"no rank moved on for {limit:g} s; rank {rank} is last, {where}", rank=rank, step=board.step_of(rank)
+            f"no rank moved on for {limit:g} s; rank {rank} is last, {where}", rank=rank, step=self.board.step_of(rank)
         )
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Hashable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -11,7 +12,8 @@ import torch
 from torch import nn
 
 from distrifusion.anatomy import anatomy_of
-from distrifusion.anatomy.base import BoundCall
+from distrifusion.anatomy.base import FilterSite, StackSite
+from distrifusion.errors import ConfigError
 from distrifusion.exchange.pool import Pool
 from distrifusion.exchange.transport import Transport
 from distrifusion.exchange.verbs import CallPolicy, Exchange
@@ -19,27 +21,44 @@ from distrifusion.mesh import CallLayout, RankGrid
 from distrifusion.partition import Interval, Level, partition_levels
 from distrifusion.plan import Plan, Split
 from distrifusion.strategies.attach import Attachment
+from distrifusion.strategies.conv_stack import ConvStackStrategy
 from distrifusion.strategies.patch import PatchStep, PatchStrategy
+from distrifusion.strategies.skip_filter import SkipFilterStrategy
+
+
+@dataclass(frozen=True)
+class OpenRequest:
+    """A request that is under way, and the denoiser call within its scheduler step that comes next."""
+
+    request: Hashable | None
+    slot: Hashable
 
 
 class ParallelDenoiser:
     """A diffusers denoiser whose calls are divided over the ranks of a plan.
 
-    Called like the model itself, on every rank with the same arguments; every rank gets the whole prediction. Outside a
-    request (see `open`), nothing is kept and every call is synchronous.
+    Called like the model itself, on every rank with the same arguments; every rank gets the whole prediction. A
+    ControlNet is divided alike; each rank keeps its own part of the residuals, which a U-Net takes as they are. Outside
+    a request (see `open`), nothing is kept and every call is synchronous.
 
     Args:
         model: the denoiser, unmodified; `detach` restores it bit for bit.
         plan: how to divide.
         transport: the ranks; exactly `plan.num_ranks` of them.
+        prefix: begins the names of this model's layers in messages and errors; models that share ranks differ in it.
+
+    Attributes:
+        needs_request: a call outside a request is refused, because nobody has made the ranks agree.
+        holders: objects for whose sake the model is divided.
 
     Raises:
         UnsupportedModel: if a layer mixes positions and has no rule.
     """
 
-    def __init__(self, model: nn.Module, plan: Plan, transport: Transport) -> None:
+    def __init__(self, model: nn.Module, plan: Plan, transport: Transport, prefix: str = "") -> None:
         self.model = model
         self.plan = plan
+        self.prefix = prefix
         self.exchange = Exchange(transport)
         self.pool = Pool()
         self.request: Hashable | None = None
@@ -47,56 +66,122 @@ class ParallelDenoiser:
         self._anatomy = anatomy_of(model)
         self._grid = RankGrid(plan, transport.rank)
         self._patch = PatchStrategy(self.exchange, plan.split)
-        self._attachment = Attachment()
+        self._stack = ConvStackStrategy(self._patch, plan.split)
+        self._skip_filter = SkipFilterStrategy(self.exchange, self._patch, plan.split)
+        self.needs_request = False
+        self.holders: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._root = Attachment()
+        self._layers = Attachment()
         self._modules: tuple[nn.Module, ...] = ()
+
+    @classmethod
+    def dividing(cls, model: nn.Module) -> ParallelDenoiser | None:
+        """The parallel denoiser that is put on a model, None if there is none; other tools' hooks may lie around it."""
+        forward: Any = vars(model).get("forward")
+        while forward is not None:
+            owner = getattr(getattr(forward, "func", None), "__self__", None)
+            if isinstance(owner, cls) and owner.model is model:
+                return owner
+            forward = getattr(forward, "__wrapped__", None)
+        return None
 
     def attach(self) -> None:
         """Put the strategies on the model's layers."""
-        sites = self._anatomy.sites(self.model)
+        self._attach_layers()
+        self._root.replace(self.model, "forward", partial(partial, self.run))
+
+    def _attach_layers(self) -> None:
+        sites = [site.under(self.prefix) for site in self._anatomy.sites(self.model)]
+        self._layers.detach()
         self._modules = tuple(self.model.modules())
-        self._patch.attach(sites, self._attachment)
-        self._attachment.replace(self.model, "forward", partial(partial, self.run))
+        self._patch.attach([s for s in sites if not isinstance(s, StackSite | FilterSite)], self._layers)
+        self._stack.attach([s for s in sites if isinstance(s, StackSite)], self._layers)
+        self._skip_filter.attach([s for s in sites if isinstance(s, FilterSite)], self._layers)
 
     def detach(self) -> None:
         """Restore the model as it was."""
-        self._attachment.detach()
+        self._root.detach()
+        self._layers.detach()
         self._modules = ()
+
+    def check_outermost(self) -> None:
+        """Raise ConfigError if another tool has replaced the model's forward since `attach`: it must go first."""
+        owner = getattr(getattr(vars(self.model).get("forward"), "func", None), "__self__", None)
+        if owner is not self:
+            raise ConfigError(
+                f"another tool replaced the forward of {type(self.model).__name__} after it was divided (CPU offload "
+                "does); call pipe.remove_all_hooks() first"
+            )
 
     def refresh(self) -> None:
         """Look at the layers again: what has no rule is refused, what was added (an adapter) is attached."""
+        if self.dividing(self.model) is not self:
+            raise ConfigError(
+                f"the forward of {type(self.model).__name__} is no longer the divided one: another tool has put its "
+                "own there; undo that, or call unparallelize and parallelize again"
+            )
         if tuple(self.model.modules()) == self._modules:
             self._anatomy.sites(self.model)
         else:
-            self.detach()
-            self.attach()
+            self._attach_layers()
 
-    def open(self, request: Hashable) -> None:
-        """Start a request: one picture (or batch) from its first step to its last. Every rank calls it."""
-        self.request = request
-        self.slot = 0
+    def open(self, request: Hashable) -> OpenRequest:
+        """Start a request: one picture (or batch) from its first step to its last. Every rank calls it.
 
-    def close(self) -> None:
+        Returns what was open before, which `close` takes to go on with it.
+        """
+        before = OpenRequest(self.request, self.slot)
+        self.request, self.slot = request, 0
+        return before
+
+    def close(self, before: OpenRequest | None = None) -> None:
         """End the request and forget what it kept. Every rank calls it."""
-        request, self.request = self.request, None
+        request = self.request
+        self.request, self.slot = (before.request, before.slot) if before else (None, 0)
         self.pool.close(request)
 
     def run(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """One denoiser call; `forward` is the model's own."""
+        if self.needs_request and self.request is None:
+            raise ConfigError(
+                f"{type(self.model).__name__} is divided by plan '{self.plan}' and was called outside a run of a "
+                "parallelized pipeline; call parallelize(pipe, plan) on the pipeline that calls it, also on one that "
+                "from_pipe made"
+            )
         call = self._anatomy.bind(forward, args, kwargs)
         num_rows, _, height, width = call.sample.shape
         layout = self._grid.layout(num_rows)
         num_levels = self._anatomy.num_levels(self.model)
         levels = partition_levels(height, width, num_levels, len(layout.team), self.plan.split)
-        rank = self.exchange.transport.rank
-        branch = _take_rows(call, layout.batch[rank], num_rows)
+        take = partial(_take_rows, layout.batch[self.exchange.transport.rank], num_rows)
+        sample = take(call.sample)
 
-        self._patch.begin(PatchStep(levels, layout.index, branch.sample))
+        self._patch.begin(PatchStep(levels, layout.index, sample))
         self.exchange.begin(self._policy(layout, call.sample))
-        own = replace(branch, sample=self._patch.cut(branch.sample), spatial=_map(branch.spatial, self._patch.cut))
-        (prediction,) = forward(own.sample, **own.batched, **own.spatial, **{**own.rest, "return_dict": False})
-        whole = self._join(prediction, layout, levels[0], num_rows)
+        batched = _map(call.batched, take)
+        spatial = _map(call.spatial, partial(self._own_part, take, num_rows))
+        result = forward(self._patch.cut(sample), **batched, **spatial, **{**call.rest, "return_dict": False})
+        tensors = self._anatomy.tensors(result)
+        if not self._anatomy.stays_cut(call):
+            exits = zip(tensors, self._anatomy.exits(self.model), strict=True)
+            tensors = [self._join(tensor, layout, levels[level], num_rows) for tensor, level in exits]
         self.exchange.end()
-        return self._anatomy.output(whole, call)
+        return self._anatomy.output(tensors, call)
+
+    def _own_part(self, take: Callable[[torch.Tensor], torch.Tensor], num_rows: int, x: torch.Tensor) -> torch.Tensor:
+        """This rank's part of x [B, C, h, w] at one of the resolutions, or [B, C, 1, 1]; x if it is that already."""
+        step = self._patch.step
+        whole = [(num_rows, level.height, level.width) for level in step.levels]
+        own = [(step.entry.shape[0], *level.band_shape(step.index)) for level in step.levels]
+        shape = (x.shape[0], *x.shape[2:])
+        if shape in own and shape in whole and own.index(shape) != whole.index(shape):
+            raise ConfigError(
+                f"a residual of {shape[1]}x{shape[2]} can be a part of one resolution and the whole of another; "
+                "pictures one latent across need a plan without bands"
+            )
+        if shape in own:
+            return x
+        return take(x) if shape[1:] == (1, 1) else self._patch.cut(take(x))
 
     def _policy(self, layout: CallLayout, sample: torch.Tensor) -> CallPolicy:
         policy = CallPolicy(layout.team, layout.index)
@@ -119,7 +204,7 @@ class ParallelDenoiser:
             for r, (rows, band) in enumerate(zip(layout.batch, layout.band, strict=True))
         }
         shapes = {r: block.shape for r, block in blocks.items() if r != rank}
-        received = self.exchange.collect("exit", own, shapes)
+        received = self.exchange.collect(f"{self.prefix}exit", own, shapes)
         for r, block in blocks.items():
             block.copy_(own if r == rank else received[r])
         return full
@@ -129,13 +214,9 @@ class ParallelDenoiser:
         return full[rows.start : rows.stop].narrow(dim, band.start, len(band))
 
 
-def _take_rows(call: BoundCall, rows: Interval, num_rows: int) -> BoundCall:
-    """The arguments for some rows of the batch only; tensors without that many rows are the same for all."""
-
-    def take(value: torch.Tensor) -> torch.Tensor:
-        return value[rows.start : rows.stop] if value.dim() and value.shape[0] == num_rows else value
-
-    return replace(call, sample=take(call.sample), batched=_map(call.batched, take), spatial=_map(call.spatial, take))
+def _take_rows(rows: Interval, num_rows: int, value: torch.Tensor) -> torch.Tensor:
+    """Some rows of the batch only; a tensor without that many rows is the same for all."""
+    return value[rows.start : rows.stop] if value.dim() and value.shape[0] == num_rows else value
 
 
 def _map(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:

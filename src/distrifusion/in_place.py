@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from diffusers import DiffusionPipeline
+from diffusers import ControlNetModel, DiffusionPipeline, MultiControlNetModel
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from distrifusion.denoiser import ParallelDenoiser
+from distrifusion.denoiser import OpenRequest, ParallelDenoiser
 from distrifusion.errors import ConfigError, RankFailed, StepTimeout, UnsupportedModel
 from distrifusion.exchange.transport import ProcessGroupTransport, Transport
 from distrifusion.plan import Plan
@@ -29,6 +30,9 @@ def parallelize(
 
     Afterwards every rank calls the pipeline with the same arguments and gets the same result. Random numbers follow
     rank 0: its global generators and the generators passed to the call are copied to the others at the start of a run.
+    A ControlNet of the pipeline is divided too.
+
+    A pipeline that `from_pipe` made of this one shares its U-Net: call `parallelize` on it as well, with the same plan.
 
     Args:
         pipe: an unmodified pipeline with a `unet` (SDXL, SD 1.x, SD 2.x); it stays of its class, parameters keep
@@ -43,21 +47,28 @@ def parallelize(
     Raises:
         PlanError: if the plan is unknown or does not fit the number of ranks.
         UnsupportedModel: if the denoiser has a layer for which there is no rule; the layer is named.
-        ConfigError: if the pipeline is parallelized already or no process group is initialised.
+        ConfigError: if the pipeline is parallelized already, or shares a model that is divided by another plan, or no
+            process group is initialised.
 
     Every rank calls it.
     """
     plan = Plan.parse(plan)
     if hasattr(pipe, _HANDLE):
         raise ConfigError("this pipeline is parallelized already; call unparallelize(pipe) first")
-    model = getattr(pipe, "unet", None)
-    if model is None:
+    if getattr(pipe, "unet", None) is None:
         raise UnsupportedModel(f"{type(pipe).__name__} has no unet; only U-Net pipelines can be parallelized")
     transport = _transport(plan, mesh)
     plan.check_devices(transport.world_size)
-    denoiser = ParallelDenoiser(model, plan, transport)
-    denoiser.attach()
-    setattr(pipe, _HANDLE, denoiser)
+    denoisers: list[ParallelDenoiser] = []
+    try:
+        for prefix, model in _divided_models(pipe).items():
+            denoisers.append(_divide(model, plan, transport, prefix))
+    except BaseException:
+        _leave(denoisers, pipe)
+        raise
+    for denoiser in denoisers:
+        denoiser.holders.add(pipe)
+    setattr(pipe, _HANDLE, tuple(denoisers))
     pipe.__class__ = _parallel_class(type(pipe))
     return pipe
 
@@ -65,25 +76,74 @@ def parallelize(
 def unparallelize(pipe: DiffusionPipeline) -> DiffusionPipeline:
     """Restore a pipeline to what it was before `parallelize`, bit for bit.
 
+    A model that another parallelized pipeline shares stays divided until that one is restored too.
+
     Raises:
-        ConfigError: if the pipeline is not parallelized.
+        ConfigError: if the pipeline is not parallelized, or another tool's hook (CPU offload) lies around the model.
     """
-    denoiser_of(pipe).detach()
+    denoisers = _denoisers_of(pipe)
+    for denoiser in denoisers:
+        denoiser.check_outermost()
+    _leave(denoisers, pipe)
     delattr(pipe, _HANDLE)
     pipe.__class__ = type(pipe).__mro__[1]
     return pipe
 
 
 def denoiser_of(pipe: DiffusionPipeline) -> ParallelDenoiser:
-    """The parallel denoiser of a parallelized pipeline (byte counts, pool, plan).
+    """The parallel U-Net of a parallelized pipeline (byte counts, pool, plan).
 
     Raises:
         ConfigError: if the pipeline is not parallelized.
     """
-    denoiser = getattr(pipe, _HANDLE, None)
-    if denoiser is None:
+    return _denoisers_of(pipe)[0]
+
+
+def _denoisers_of(pipe: DiffusionPipeline) -> tuple[ParallelDenoiser, ...]:
+    """The parallel U-Net, then the parallel ControlNets."""
+    denoisers = getattr(pipe, _HANDLE, None)
+    if denoisers is None:
         raise ConfigError("this pipeline is not parallelized; call parallelize(pipe, plan) first")
+    return denoisers
+
+
+def _divided_models(pipe: Any) -> dict[str, nn.Module]:
+    """The models that are divided, by the prefix of their layers' names; others run whole on every rank."""
+    models: dict[str, nn.Module] = {"": pipe.unet}
+    control = getattr(pipe, "controlnet", None)
+    nets: list[Any] = list(control.nets) if isinstance(control, MultiControlNetModel) else [control]
+    # The residuals of several nets are added, so either all are cut or none; an average over the picture is not cut.
+    if all(isinstance(net, ControlNetModel) and not net.config.global_pool_conditions for net in nets):
+        models |= {f"controlnet.{i}.": net for i, net in enumerate(nets)}
+    return models
+
+
+def _divide(model: nn.Module, plan: Plan, transport: Transport, prefix: str) -> ParallelDenoiser:
+    """Divide a model, or join the division that it has from another pipeline."""
+    denoiser = ParallelDenoiser.dividing(model)
+    if denoiser is None:
+        if hasattr(model, "_hf_hook"):
+            raise ConfigError(
+                f"{type(model).__name__} has a CPU offload hook, which would lie inside the division; call "
+                "pipe.remove_all_hooks(), then parallelize, and enable the offload afterwards"
+            )
+        denoiser = ParallelDenoiser(model, plan, transport, prefix)
+        denoiser.attach()
+        denoiser.needs_request = plan.num_ranks > 1
+    elif denoiser.plan != plan:
+        raise ConfigError(
+            f"{type(model).__name__} is divided by plan '{denoiser.plan}' for another pipeline that shares it; use "
+            f"that plan instead of '{plan}', or call unparallelize on the other pipeline first"
+        )
     return denoiser
+
+
+def _leave(denoisers: Sequence[ParallelDenoiser], pipe: DiffusionPipeline) -> None:
+    """Restore the models that no other pipeline holds."""
+    for denoiser in denoisers:
+        denoiser.holders.discard(pipe)
+        if not denoiser.holders:
+            denoiser.detach()
 
 
 def _transport(plan: Plan, mesh: DeviceMesh | Transport | None) -> Transport:
@@ -134,30 +194,44 @@ _requests = itertools.count()
 @contextmanager
 def _request(pipe: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
     """One run of the pipeline: agreed random numbers, one request, the scheduler's steps counted."""
-    denoiser = denoiser_of(pipe)
-    denoiser.refresh()
-    agree_on_randomness(denoiser.exchange.transport, pipe.device, _generators(args, kwargs))
+    denoisers = _denoisers_of(pipe)
+    for denoiser, model in itertools.zip_longest(denoisers, _divided_models(pipe).values()):
+        if denoiser is None or denoiser.model is not model:
+            raise ConfigError(
+                "the unet or controlnet of this pipeline was replaced after parallelize (torch.compile does that too); "
+                "call unparallelize(pipe), then parallelize(pipe, plan)"
+            )
+        denoiser.refresh()
+    agree_on_randomness(denoisers[0].exchange.transport, pipe._execution_device, _generators(args, kwargs))
     steps = Attachment()
-    steps.replace(pipe.scheduler, "step", partial(_counted, denoiser))
-    denoiser.open(next(_requests))
+    steps.replace(pipe.scheduler, "step", partial(_counted, denoisers))
+    request = next(_requests)
+    # A callback may run another pipeline that shares the models: its request lies within this one.
+    around = [denoiser.open(request) for denoiser in denoisers]
     try:
         yield
     except BaseException:
         # What other ranks sent is taken in, so that no later run finds it; why that may fail is the error at hand.
         with suppress(RankFailed, StepTimeout):
-            denoiser.close()
+            _close(denoisers, around)
         raise
     else:
-        denoiser.close()
+        _close(denoisers, around)
     finally:
         steps.detach()
 
 
-def _counted(denoiser: ParallelDenoiser, step: Callable[..., Any]) -> Callable[..., Any]:
-    """A scheduler's step after which the denoiser's next call is the first of its scheduler step again."""
+def _close(denoisers: Sequence[ParallelDenoiser], around: list[OpenRequest]) -> None:
+    for denoiser, before in zip(denoisers, around, strict=True):
+        denoiser.close(before)
+
+
+def _counted(denoisers: Sequence[ParallelDenoiser], step: Callable[..., Any]) -> Callable[..., Any]:
+    """A scheduler's step after which the denoisers' next calls are the first of their scheduler step again."""
 
     def step_and_reset(*args: Any, **kwargs: Any) -> Any:
-        denoiser.slot = 0
+        for denoiser in denoisers:
+            denoiser.slot = 0
         return step(*args, **kwargs)
 
     return step_and_reset

@@ -6,6 +6,8 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import accelerate
+import diffusers
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -82,9 +84,22 @@ def fused_projections(unet: UNet2DConditionModel) -> str:
     return "down_blocks.1.attentions.0.transformer_blocks.0.attn1"
 
 
-def free_u(unet: UNet2DConditionModel) -> str:
-    unet.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
+def compiled_block(unet: UNet2DConditionModel) -> str:
+    unet.up_blocks[0].compile()
     return "up_blocks.0"
+
+
+def moved_weights(unet: UNet2DConditionModel) -> str:
+    """What enable_sequential_cpu_offload does to every layer."""
+    accelerate.hooks.add_hook_to_module(unet.mid_block.resnets[0].conv1, accelerate.hooks.ModelHook())
+    return "mid_block.resnets.0.conv1"
+
+
+def hooked_layer(unet: UNet2DConditionModel) -> str:
+    """Group offload, caches and layerwise casting are hooks of this kind."""
+    registry = diffusers.hooks.HookRegistry.check_if_exists_or_initialize(unet.up_blocks[1])
+    registry.register_hook(diffusers.hooks.ModelHook(), "group_offloading")
+    return "up_blocks.1"
 
 
 def batch_norm(unet: UNet2DConditionModel) -> str:
@@ -103,8 +118,10 @@ CHANGES: list[Callable[[UNet2DConditionModel], str]] = [
     unknown_processor,
     unknown_cross_processor,
     fused_projections,
-    free_u,
     batch_norm,
+    compiled_block,
+    moved_weights,
+    hooked_layer,
 ]
 
 
@@ -122,12 +139,13 @@ def replaced(model: nn.Module) -> list[str]:
 def test_a_layer_without_a_rule_is_named_and_nothing_is_replaced(change: Callable[[UNet2DConditionModel], str]) -> None:
     unet = sdxl_unet()
     name = change(unet)
+    before = replaced(unet)
     with pytest.raises(UnsupportedModel, match=re.escape(f"'{name}'")):
         ParallelDenoiser(unet, Plan(patch=2), one_of_two()).attach()
-    assert replaced(unet) == []
+    assert replaced(unet) == before
 
 
-@pytest.mark.parametrize("change", [circular_padding, unknown_processor, fused_projections, free_u])
+@pytest.mark.parametrize("change", [circular_padding, unknown_processor, fused_projections, compiled_block])
 def test_a_change_after_attaching_is_named_when_layers_are_looked_at_again(
     change: Callable[[UNet2DConditionModel], str],
 ) -> None:

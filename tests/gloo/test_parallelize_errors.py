@@ -67,8 +67,8 @@ def test_a_layer_without_a_rule_is_named_and_the_pipeline_left_alone(pipe: Diffu
 
 def test_a_layer_changed_after_parallelizing_is_named_by_the_next_call(pipe: DiffusionPipeline) -> None:
     parallelize(pipe, "patch2", mesh=two_ranks())
-    pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
-    with pytest.raises(UnsupportedModel, match="disable_freeu"):
+    pipe.fuse_qkv_projections(vae=False)
+    with pytest.raises(UnsupportedModel, match="unfuse_qkv_projections"):
         Call()(pipe)
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from diffusers import UNet2DConditionModel
+from diffusers import ControlNetModel, UNet2DConditionModel
 from torch import nn
 
 from distrifusion.anatomy.base import Anatomy
+from distrifusion.anatomy.controlnet import ControlNetAnatomy
 from distrifusion.anatomy.unet import UNetAnatomy
 from distrifusion.errors import UnsupportedModel
 
-_FAMILIES: tuple[tuple[type[nn.Module], type[Anatomy]], ...] = ((UNet2DConditionModel, UNetAnatomy),)
+_FAMILIES: tuple[tuple[type[nn.Module], type[Anatomy]], ...] = (
+    (UNet2DConditionModel, UNetAnatomy),
+    (ControlNetModel, ControlNetAnatomy),
+)
 
 
 def anatomy_of(model: nn.Module) -> Anatomy:
@@ -21,5 +25,7 @@ def anatomy_of(model: nn.Module) -> Anatomy:
     for family, anatomy in _FAMILIES:
         if isinstance(model, family):
             return anatomy()
+    if isinstance(getattr(model, "_orig_mod", None), nn.Module):
+        raise UnsupportedModel("the model is compiled, and exchanges cannot be; parallelize without torch.compile")
     known = ", ".join(family.__name__ for family, _ in _FAMILIES)
     raise UnsupportedModel(f"{type(model).__name__} has no anatomy here; the model families known are: {known}")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, Self
 
 import torch
 from torch import nn
@@ -25,6 +25,10 @@ class Site:
     module: nn.Module
     level: int
     level_out: int
+
+    def under(self, prefix: str) -> Self:
+        """The same site by a name that begins with `prefix`: two models that run one after the other stay apart."""
+        return replace(self, name=prefix + self.name)
 
 
 class ConvSite(Site):
@@ -47,6 +51,9 @@ class NormSite(Site):
     activation: nn.Module | None = None
     conv: str | None = None
 
+    def under(self, prefix: str) -> Self:
+        return replace(super().under(prefix), conv=None if self.conv is None else prefix + self.conv)
+
 
 class AttentionSite(Site):
     """Self-attention over all positions, with `to_q`, `to_k`, `to_v` called on the same hidden states in that order."""
@@ -56,6 +63,29 @@ class UpsampleSite(Site):
     """Nearest upsampling to twice the resolution, `forward(hidden_states, output_size)`, maybe with a convolution."""
 
 
+@dataclass(frozen=True)
+class FilterSite(Site):
+    """A block that scales the lowest frequencies of its skip connections [B, C, h, w] before it reads them.
+
+    It does so while all its `switches` are set: attributes of the block, as is `scale`, the name of the factor. The
+    skip connections are its argument `res_hidden_states_tuple`.
+    """
+
+    scale: str
+    switches: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class StackSite(Site):
+    """Convolutions one after the other, pointwise layers between them, from an input of its own to level 0.
+
+    Attributes:
+        stages: the convolutions in the order they run; those of one stage read the same rows, and have one geometry.
+    """
+
+    stages: tuple[tuple[nn.Conv2d, ...], ...]
+
+
 @dataclass
 class BoundCall:
     """The arguments of one denoiser call, sorted by how they are cut.
@@ -63,7 +93,8 @@ class BoundCall:
     Attributes:
         sample: the latents [B, C, H, W].
         batched: arguments whose tensors have the batch as first dimension, possibly nested.
-        spatial: arguments whose tensors are [B, C, h, w] at one of the model's resolutions, possibly nested.
+        spatial: arguments whose tensors are [B, C, h, w] at one of the model's resolutions, possibly nested: whole, or
+            this rank's part, as a model that was divided alike gives it.
         rest: everything else, the same for every rank.
     """
 
@@ -85,5 +116,14 @@ class Anatomy(Protocol):
     def bind(self, forward: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> BoundCall:
         """Sort the arguments of a call; raises ConfigError on one that cannot be cut."""
 
-    def output(self, sample: torch.Tensor, call: BoundCall) -> Any:
-        """The model's own output type around a prediction [B, C, H, W]."""
+    def exits(self, model: Any) -> tuple[int, ...]:
+        """The resolution of every tensor that a call gives, in the order of `tensors`."""
+
+    def tensors(self, result: Any) -> list[torch.Tensor]:
+        """The tensors [B, C, h, w] in what the model's forward returns for `return_dict=False`."""
+
+    def stays_cut(self, call: BoundCall) -> bool:
+        """Whether each rank keeps its own part of the result, because the model that reads it is divided alike."""
+
+    def output(self, tensors: list[torch.Tensor], call: BoundCall) -> Any:
+        """The model's own output type around its tensors."""

@@ -1,0 +1,148 @@
+"""What each kind of layer of diffusers' U-Nets is: pointwise, a site, or unknown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from diffusers.models.attention_processor import Attention
+from diffusers.models.controlnets.controlnet import ControlNetConditioningEmbedding
+from diffusers.models.downsampling import Downsample2D
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.unets.unet_2d_blocks import CrossAttnUpBlock2D, UpBlock2D
+from diffusers.models.upsampling import Upsample2D
+from torch import nn
+
+from distrifusion.anatomy.base import (
+    AttentionSite,
+    ConvSite,
+    EntrySite,
+    FilterSite,
+    NormSite,
+    Site,
+    StackSite,
+    UpsampleSite,
+)
+from distrifusion.errors import UnsupportedModel
+
+# Each position is treated by itself (or, for embeddings, there is no position).
+_POINTWISE = (nn.Linear, nn.SiLU, nn.GELU, nn.Mish, nn.ReLU, nn.Dropout, nn.Identity, nn.LayerNorm, nn.Embedding)
+# Their own code only calls their children, adds, multiplies and reshapes.
+_CONTAINERS = {
+    "ApproximateGELU", "BasicTransformerBlock", "ControlNetModel", "CrossAttnDownBlock2D", "DownBlock2D", "FeedForward",
+    "GEGLU", "GELU", "IPAdapterAttnProcessor", "IPAdapterAttnProcessor2_0", "ModuleDict", "ModuleList", "ParameterDict",
+    "ResnetBlock2D", "Sequential", "Transformer2DModel", "UNet2DConditionModel", "UNetMidBlock2D",
+    "UNetMidBlock2DCrossAttn",
+}  # fmt: skip
+_PROCESSORS = {
+    "AttnProcessor", "AttnProcessor2_0", "FusedAttnProcessor2_0", "IPAdapterAttnProcessor", "IPAdapterAttnProcessor2_0",
+    "SlicedAttnProcessor", "XFormersAttnProcessor",
+}  # fmt: skip
+# FreeU (arXiv 2309.11497) scales the skip connections of the first two up blocks, each by a scale of its own.
+_FILTER_SCALES = ("s1", "s2")
+_FILTER_SWITCHES = ("s1", "s2", "b1", "b2")
+
+
+def sites_of(name: str, module: nn.Module, level: int, level_out: int) -> list[Site]:
+    """The site a module is, if it is one; raises UnsupportedModel if there is no rule for it."""
+    if isinstance(module, nn.Conv2d):
+        return _conv_site(name, module, level, level_out)
+    if isinstance(module, nn.GroupNorm):
+        return [NormSite(name, module, level, level)]
+    if isinstance(module, Attention):
+        return _attention_site(name, module, level)
+    if isinstance(module, Upsample2D):
+        require(module.interpolate and not module.use_conv_transpose, name, module, "it upsamples by its own rule")
+        return [UpsampleSite(name, module, level, level_out)]
+    if isinstance(module, Downsample2D):
+        require(module.use_conv and module.padding == 1, name, module, "it has no padded convolution")
+        return []
+    if isinstance(module, CrossAttnUpBlock2D | UpBlock2D):
+        filtered = 0 <= module.resolution_idx < len(_FILTER_SCALES)
+        scale = _FILTER_SCALES[module.resolution_idx] if filtered else ""
+        return [FilterSite(name, module, level, level, scale, _FILTER_SWITCHES)] if filtered else []
+    if isinstance(module, ControlNetConditioningEmbedding):
+        return [_stack_site(name, module)]
+    known = isinstance(module, _POINTWISE) or type(module).__name__ in _CONTAINERS
+    require(known or _is_adapter(module), name, module, "it may mix positions of the picture")
+    return []
+
+
+def check_call(name: str, module: nn.Module) -> None:
+    """Refuse a layer whose call is no longer its forward; raises UnsupportedModel with the remedy."""
+    compiled = getattr(module, "_compiled_call_impl", None) is not None
+    require(not compiled, name, module, "it is compiled, and exchanges cannot be; parallelize without torch.compile")
+    hooks = getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
+    hooked = f"diffusers hooks ({', '.join(hooks)}) run around it; remove them (group offload, caching, casting)"
+    require(not hooks, name, module, hooked)
+    # A hook on the whole model moves it before its call; one on a layer moves weights that are read beside the call.
+    moved = name != "" and hasattr(module, "_hf_hook")
+    require(not moved, name, module, "sequential CPU offload moves its weights; use enable_model_cpu_offload() instead")
+
+
+def _conv_site(name: str, conv: nn.Conv2d, level: int, level_out: int) -> list[Site]:
+    if conv.kernel_size == (1, 1) and conv.stride == (1, 1):
+        return []
+    require(_pads_with_zeros(conv), name, conv, "it pads by another rule than zeros")
+    if name.split(".")[0] == "conv_in":
+        return [EntrySite(name, conv, 0, 0)]
+    if ".downsamplers." in name:
+        return [ConvSite(name, conv, level, level_out)]
+    if ".upsamplers." in name:
+        return [ConvSite(name, conv, level_out, level_out)]
+    return [ConvSite(name, conv, level, level)]
+
+
+def _attention_site(name: str, attention: Attention, level: int) -> list[Site]:
+    processor = type(attention.processor).__name__
+    require(processor in _PROCESSORS, name, attention, f"its processor {processor} may mix positions by its own rule")
+    if attention.is_cross_attention:
+        return []
+    require(not attention.fused_projections, name, attention, "call unfuse_qkv_projections() first")
+    require(attention.spatial_norm is None and attention.added_kv_proj_dim is None, name, attention, "it adds inputs")
+    return [AttentionSite(name, attention, level, level)]
+
+
+def _stack_site(name: str, stack: ControlNetConditioningEmbedding) -> StackSite:
+    stages = []
+    for child, module in (("conv_in", stack.conv_in), *enumerate(stack.blocks), ("conv_out", stack.conv_out)):
+        path = f"{name}.{child}" if isinstance(child, str) else f"{name}.blocks.{child}"
+        convs = [(f"{path}.{n}".rstrip("."), m) for n, m in module.named_modules() if isinstance(m, nn.Conv2d)]
+        spread = [(n, m) for n, m in convs if m.kernel_size != (1, 1)]
+        for conv_name, conv in spread:
+            require(_pads_with_zeros(conv), conv_name, conv, "it pads by another rule than zeros")
+        stages.append(tuple(conv for _, conv in spread))
+    return StackSite(name, stack, 0, 0, tuple(stages))
+
+
+def _pads_with_zeros(conv: nn.Conv2d) -> bool:
+    return conv.padding_mode == "zeros" and isinstance(conv.padding, tuple)
+
+
+def _is_adapter(module: nn.Module) -> bool:
+    """Layers of a LoRA adapter: they add the outputs of child layers, which are sites or pointwise themselves."""
+    return type(module).__module__.startswith("peft.tuners.")
+
+
+def require(condition: bool, name: str, module: nn.Module, why: str) -> None:
+    """Raise UnsupportedModel naming the layer unless the condition holds."""
+    if not condition:
+        raise UnsupportedModel(f"layer '{name}' ({type(module).__name__}) cannot be split into bands: {why}")
+
+
+def norm_readers(model: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    """By the name of a norm: the activation that alone reads it, and the convolution that alone reads that one."""
+    for name, module in model.named_modules():
+        if isinstance(module, ResnetBlock2D) and module.time_embedding_norm == "default":
+            if module.upsample is None and module.downsample is None:
+                yield f"{name}.norm1", _reader(module.nonlinearity, module.conv1, f"{name}.conv1")
+            if module.dropout.p == 0:
+                yield f"{name}.norm2", _reader(module.nonlinearity, module.conv2, f"{name}.conv2")
+    if getattr(model, "conv_norm_out", None) is not None:
+        yield "conv_norm_out", _reader(model.conv_act, model.conv_out, "conv_out")
+
+
+def _reader(activation: nn.Module, conv: nn.Module, name: str) -> dict[str, Any]:
+    """A convolution with an adapter is read by other layers too, so nothing is said of it."""
+    plain = type(activation) is nn.SiLU and type(conv) is nn.Conv2d
+    return {"activation": activation, "conv": name} if plain else {}

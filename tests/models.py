@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from diffusers import UNet2DConditionModel
+from diffusers.models.embeddings import IPAdapterPlusImageProjection
 
 from distrifusion.anatomy.unet import UNetAnatomy
 from distrifusion.denoiser import ParallelDenoiser
@@ -83,6 +84,29 @@ def unet_inputs(unet: UNet2DConditionModel, batch: int, height: int, width: int,
         added = {"text_embeds": torch.randn(batch, 16, generator=g).to(dtype), "time_ids": torch.ones(batch, 6)}
         inputs["added_cond_kwargs"] = added
     return inputs
+
+
+def image_prompt(unet: UNet2DConditionModel, plus: bool = False) -> dict[str, dict[str, torch.Tensor]]:
+    """The weights of an IP-Adapter for images embedded in 10 channels; `plus` reads several tokens of an image."""
+    generator = torch.Generator().manual_seed(6)
+    channels = unet.config.cross_attention_dim
+
+    def noise(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator)
+
+    if plus:
+        reader = perturb(IPAdapterPlusImageProjection(10, channels, hidden_dims=64, heads=1, num_queries=3), seed=6)
+        projection = {name.replace("to_out.0", "to_out"): tensor for name, tensor in reader.state_dict().items()}
+    else:
+        projection = {"proj.weight": noise(4 * channels, 10), "proj.bias": noise(4 * channels)}
+        projection |= {"norm.weight": noise(channels), "norm.bias": noise(channels)}
+    attentions = {}
+    crossing = [name for name in unet.attn_processors if name.endswith("attn2.processor")]
+    for i, name in enumerate(crossing):
+        layer = unet.get_submodule(name.removesuffix(".processor"))
+        for piece in ("k", "v"):
+            attentions[f"{2 * i + 1}.to_{piece}_ip.weight"] = noise(layer.inner_dim, channels)
+    return {"image_proj": projection, "ip_adapter": attentions}
 
 
 def share_weights(model: torch.nn.Module) -> torch.nn.Module:

@@ -12,7 +12,7 @@ from division import EXACT, on_ranks
 from peft import LoraConfig
 
 from distrifusion.denoiser import ParallelDenoiser
-from models import moved, relative_error, run_request, share_weights, unet_inputs
+from models import image_prompt, moved, relative_error, run_request, share_weights, unet_inputs
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out"]
 CONVOLUTIONS = ["conv1", "conv2", "conv_in", "conv_out", "downsamplers.0.conv", "upsamplers.0.conv", "conv_shortcut"]
@@ -142,25 +142,6 @@ def test_an_adapter_exchanged_for_another_of_the_same_form_is_attached(sdxl: UNe
     for output, reused in on_ranks(sdxl, "patch2", work):
         assert relative_error(output, reference) <= EXACT
         assert not reused, "a refresh that knows modules by their addresses could take the new ones for the old"
-
-
-def image_prompt(unet: UNet2DConditionModel) -> dict[str, dict[str, torch.Tensor]]:
-    """The weights of an IP-Adapter for images embedded in 10 channels."""
-    generator = torch.Generator().manual_seed(6)
-    channels = unet.config.cross_attention_dim
-
-    def noise(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator)
-
-    projection = {"proj.weight": noise(4 * channels, 10), "proj.bias": noise(4 * channels)}
-    norm = {"norm.weight": noise(channels), "norm.bias": noise(channels)}
-    attentions = {}
-    crossing = [name for name in unet.attn_processors if name.endswith("attn2.processor")]
-    for i, name in enumerate(crossing):
-        layer = unet.get_submodule(name.removesuffix(".processor"))
-        for piece in ("k", "v"):
-            attentions[f"{2 * i + 1}.to_{piece}_ip.weight"] = noise(layer.inner_dim, channels)
-    return {"image_proj": {**projection, **norm}, "ip_adapter": attentions}
 
 
 @pytest.mark.parametrize("plan", ["patch3.displaced.w1", "cfg2.patch2"])

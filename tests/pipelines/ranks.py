@@ -1,0 +1,57 @@
+"""A pipeline on virtual ranks: every rank has modules of its own that share the weights of one."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+
+from distrifusion import Plan, parallelize
+from distrifusion.exchange.virtual import VirtualTransport, VirtualWorld
+from models import relative_error
+
+EXACT = 1e-5  # the project's bound for the synchronous mode in fp32; 1e-6 is typical
+Call = Callable[[Any], torch.Tensor]
+
+
+class Ranks:
+    """One parallelized copy of a pipeline for each rank of a plan."""
+
+    def __init__(self, pipe: DiffusionPipeline, plan: str) -> None:
+        self.plan = Plan.parse(plan)
+        self.world = VirtualWorld(self.plan.num_ranks)
+        self.transports = [VirtualTransport(self.world, rank) for rank in range(self.plan.num_ranks)]
+        self.pipes = [parallelize(own_copy(pipe), self.plan, transport) for transport in self.transports]
+
+    def each(self, change: Callable[[Any], Any]) -> list[Any]:
+        """Change every rank's pipeline, one after the other."""
+        return [change(pipe) for pipe in self.pipes]
+
+    def draw(self, call: Call) -> list[torch.Tensor]:
+        """What a call gives on every rank, all at the same time."""
+        return self.world.run(lambda transport: call(self.pipes[transport.rank]))
+
+    def error(self, call: Call, reference: torch.Tensor) -> float:
+        """The relative error of a call against a reference, the worst rank's."""
+        return max(relative_error(drawn, reference) for drawn in self.draw(call))
+
+
+def own_copy(pipe: DiffusionPipeline) -> Any:
+    """A pipeline with modules, tokenizers and a scheduler of its own, and the same weights."""
+    memo: dict[int, Any] = {}
+    for part in pipe.components.values():
+        if isinstance(part, torch.nn.Module):
+            memo |= {id(t): t for t in (*part.parameters(), *part.buffers())}
+    config = {name: value for name, value in pipe.config.items() if name in pipe._get_signature_keys(pipe)[1]}
+    parts = {name: copy.deepcopy(part, memo) for name, part in pipe.components.items()}
+    copied = type(pipe)(**parts, **config)
+    copied.set_progress_bar_config(disable=True)
+    return copied
+
+
+def errors(pipe: DiffusionPipeline, plan: str, call: Call) -> float:
+    """The relative error of a call on the ranks of a plan against the plain pipeline."""
+    return Ranks(pipe, plan).error(call, call(own_copy(pipe)))

@@ -27,7 +27,8 @@ from diffusers import UNet2DConditionModel
 
 from distrifusion import Plan
 from distrifusion.denoiser import ParallelDenoiser
-from distrifusion.exchange.transport import ProcessGroupTransport
+from distrifusion.exchange.meeting import transport_of
+from distrifusion.exchange.transport import ProcessGroupTransport, Transport
 
 
 def sdxl_shaped_unet() -> UNet2DConditionModel:
@@ -72,9 +73,11 @@ def median_seconds(call: Callable[[], Any], num_calls: int) -> float:
     return statistics.median(times)
 
 
-def plan_row(unet: UNet2DConditionModel, plan: Plan, arguments: dict[str, Any], num_calls: int) -> dict[str, Any]:
+def plan_row(
+    unet: UNet2DConditionModel, plan: Plan, transport: Transport, arguments: dict[str, Any], num_calls: int
+) -> dict[str, Any]:
     """Time one plan after two calls that warm it up."""
-    denoiser = ParallelDenoiser(unet, plan, ProcessGroupTransport())
+    denoiser = ParallelDenoiser(unet, plan, transport)
     denoiser.attach()
     denoiser.open("benchmark")
 
@@ -102,6 +105,10 @@ def rank_main(rank: int, options: argparse.Namespace, port: int) -> None:
     store = dist.TCPStore("127.0.0.1", port, options.ranks, is_master=False)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=options.ranks)
     unet, arguments = sdxl_shaped_unet(), inputs(options.batch, options.size)
+    group = dist.group.WORLD
+    assert group is not None
+    sockets = options.transport == "sockets"
+    transport = ProcessGroupTransport(group) if sockets else transport_of(group, torch.device("cpu"))
     rows = []
     for repetition in range(options.repeat):
         dist.barrier()
@@ -117,7 +124,7 @@ def rank_main(rank: int, options: argparse.Namespace, port: int) -> None:
         ceiling = options.ranks * alone / together
         rows.append({"repetition": repetition, "plan": "one process", "seconds": alone, "ceiling": ceiling})
         for text in options.plans.split(","):
-            row = plan_row(unet, Plan.parse(text), arguments, options.calls)
+            row = plan_row(unet, Plan.parse(text), transport, arguments, options.calls)
             rows.append({"repetition": repetition, "plan": text, **row, "speedup": alone / row["seconds"]})
     if rank == 0:
         report(rows, options)
@@ -154,6 +161,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=128, help="rows and columns of the latents")
     parser.add_argument("--calls", type=int, default=5, help="calls per plan and repetition; their median counts")
     parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--transport", choices=("best", "sockets"), default="best", help="sockets: messages of gloo")
     parser.add_argument("--out")
     options = parser.parse_args()
     store = dist.TCPStore("127.0.0.1", 0, options.ranks, is_master=True, wait_for_workers=False)

@@ -16,7 +16,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from distrifusion.denoiser import OpenRequest, ParallelDenoiser
 from distrifusion.errors import ConfigError, RankFailed, StepTimeout, UnsupportedModel
-from distrifusion.exchange.transport import ProcessGroupTransport, Transport
+from distrifusion.exchange.meeting import transport_of
+from distrifusion.exchange.transport import Transport
 from distrifusion.plan import Plan
 from distrifusion.strategies.attach import Attachment
 
@@ -57,7 +58,7 @@ def parallelize(
         raise ConfigError("this pipeline is parallelized already; call unparallelize(pipe) first")
     if getattr(pipe, "unet", None) is None:
         raise UnsupportedModel(f"{type(pipe).__name__} has no unet; only U-Net pipelines can be parallelized")
-    transport = _transport(plan, mesh)
+    transport = _transport(plan, mesh, pipe.device)
     plan.check_devices(transport.world_size)
     denoisers: list[ParallelDenoiser] = []
     try:
@@ -146,15 +147,15 @@ def _leave(denoisers: Sequence[ParallelDenoiser], pipe: DiffusionPipeline) -> No
             denoiser.detach()
 
 
-def _transport(plan: Plan, mesh: DeviceMesh | Transport | None) -> Transport:
+def _transport(plan: Plan, mesh: DeviceMesh | Transport | None, device: torch.device) -> Transport:
     if isinstance(mesh, DeviceMesh):
         if mesh.ndim != 1:
             raise ConfigError(f"the mesh has {mesh.ndim} dimensions; give one of 1, the plan itself divides its ranks")
-        return ProcessGroupTransport(mesh.get_group())
+        return transport_of(mesh.get_group(), device)
     if mesh is not None:
         return mesh
-    if dist.is_initialized():
-        return ProcessGroupTransport()
+    if dist.group.WORLD is not None:
+        return transport_of(dist.group.WORLD, device)
     if plan.num_ranks > 1:
         raise ConfigError(
             f"plan '{plan}' needs {plan.num_ranks} ranks and no process group is initialised; call "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,8 +12,7 @@ from division import EXACT, errors
 
 from distrifusion.exchange import verbs
 from distrifusion.exchange.pool import GatherBuffer, Parcel
-from distrifusion.exchange.verbs import Exchange
-from distrifusion.partition import Interval
+from distrifusion.exchange.verbs import Exchange, Halo, Shared
 from distrifusion.strategies import patch
 from models import moved, unet_inputs
 
@@ -21,43 +20,24 @@ Break = Callable[[pytest.MonkeyPatch], None]
 FAR_OVER = 1e-3
 
 
-def _edges(own: Interval, want: Interval) -> tuple[int, int]:
-    return max(0, own.start - want.start), max(0, want.stop - own.stop)
-
-
-def _change_halo(
-    monkeypatch: pytest.MonkeyPatch, change: Callable[[torch.Tensor, int, int, int], torch.Tensor]
-) -> None:
-    """Let `change(extended, dim, rows above, rows below)` spoil what every halo returns."""
-    intact = Exchange.halo
-
-    def halo(
-        self: Exchange, site: str, x: torch.Tensor, dim: int, bands: Sequence[Interval], wants: Sequence[Interval]
-    ) -> torch.Tensor:
-        index = self._policy.index
-        return change(intact(self, site, x, dim, bands, wants), dim, *_edges(bands[index], wants[index]))
-
-    monkeypatch.setattr(Exchange, "halo", halo)
-
-
 def halo_of_zeros(monkeypatch: pytest.MonkeyPatch) -> None:
-    def change(extended: torch.Tensor, dim: int, above: int, below: int) -> torch.Tensor:
-        extended.narrow(dim, 0, above).zero_()
-        extended.narrow(dim, extended.shape[dim] - below, below).zero_()
-        return extended
+    intact = Halo.wait
 
-    _change_halo(monkeypatch, change)
+    def wait(self: Halo) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        before, after = intact(self)
+        return [torch.zeros_like(rows) for rows in before], [torch.zeros_like(rows) for rows in after]
+
+    monkeypatch.setattr(Halo, "wait", wait)
 
 
 def halo_from_the_wrong_side(monkeypatch: pytest.MonkeyPatch) -> None:
-    def change(extended: torch.Tensor, dim: int, above: int, below: int) -> torch.Tensor:
-        if above != below:
-            return extended
-        middle = extended.narrow(dim, above, extended.shape[dim] - 2 * above)
-        ends = extended.narrow(dim, extended.shape[dim] - below, below), extended.narrow(dim, 0, above)
-        return torch.cat([ends[0], middle, ends[1]], dim)
+    intact = Halo.wait
 
-    _change_halo(monkeypatch, change)
+    def wait(self: Halo) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        before, after = intact(self)
+        return (after, before) if before and after else (before, after)
+
+    monkeypatch.setattr(Halo, "wait", wait)
 
 
 def local_keys_and_values(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,10 +48,11 @@ def local_keys_and_values(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def local_norm(monkeypatch: pytest.MonkeyPatch) -> None:
-    def share(self: Exchange, site: str, kind: Any, own: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return torch.stack([own] * len(self._policy.team)), None
+    def wait(self: Shared) -> tuple[torch.Tensor, None]:
+        self.swap.wait()
+        return torch.stack([self.own] * len(self.team)), None
 
-    monkeypatch.setattr(Exchange, "share", share)
+    monkeypatch.setattr(Shared, "wait", wait)
 
 
 def variance_over_n_minus_one(monkeypatch: pytest.MonkeyPatch) -> None:

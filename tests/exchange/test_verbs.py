@@ -47,7 +47,7 @@ def run_calls(calls: Sequence[Call], stale: frozenset[SiteKind] = ALL_KINDS, war
 
 def share(exchange: Exchange, call: int, site: str) -> tuple[list[float], list[float] | None]:
     """What a norm at `site` gets: everybody's values, and the own one that the others still use."""
-    stacked, previous = exchange.share(site, SiteKind.NORM, small(exchange.transport.rank, call, site))
+    stacked, previous = exchange.share(site, SiteKind.NORM, small(exchange.transport.rank, call, site)).wait()
     return stacked.flatten().tolist(), previous if previous is None else previous.tolist()
 
 
@@ -183,7 +183,7 @@ def test_one_rank_alone_gets_its_own_values() -> None:
         exchange = Exchange(transport)
         exchange.begin(CallPolicy((0,), 0))
         (piece,) = exchange.gather("a", SiteKind.KV, (torch.ones(1, 2, 1),), (2,)).wait()
-        stacked, previous = exchange.share("b", SiteKind.NORM, torch.ones(1))
+        stacked, previous = exchange.share("b", SiteKind.NORM, torch.ones(1)).wait()
         exchange.end()
         assert previous is None
         return [*piece.flatten().tolist(), *stacked.flatten().tolist()], sum(exchange.bytes_sent.values())

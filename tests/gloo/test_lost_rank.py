@@ -20,16 +20,18 @@ def losing() -> Iterator[GlooWorld]:
 
 
 @pytest.mark.parametrize("plan", ["patch3", "patch3.displaced.w0"])
-def test_a_rank_that_dies_is_a_typed_error_on_the_others(losing: GlooWorld, plan: str) -> None:
-    first, lost, last = losing.ask(draw_until_lost, plan, LIMIT, Lose(silence=0.0))
+@pytest.mark.parametrize("kind", ["sockets", "shared memory"])
+def test_a_rank_that_dies_is_a_typed_error_on_the_others(losing: GlooWorld, kind: str, plan: str) -> None:
+    first, lost, last = losing.ask(draw_until_lost, kind, plan, LIMIT, Lose(silence=0.0))
     assert lost.died
     for answer in (first, last):
         assert answer.error is None, answer.error
         assert answer.value[0] in ("RankFailed", "StepTimeout"), answer.value
 
 
-def test_a_rank_that_says_nothing_is_a_timeout_on_the_others(losing: GlooWorld) -> None:
-    first, lost, last = losing.ask(draw_until_lost, "patch3", LIMIT, Lose(silence=2 * LIMIT))
+@pytest.mark.parametrize("kind", ["sockets", "shared memory"])
+def test_a_rank_that_says_nothing_is_a_timeout_on_the_others(losing: GlooWorld, kind: str) -> None:
+    first, lost, last = losing.ask(draw_until_lost, kind, "patch3", LIMIT, Lose(silence=2 * LIMIT))
     assert lost.died
     for answer in (first, last):
         assert answer.error is None, answer.error

@@ -1,7 +1,8 @@
-"""The transport over a process group, by itself: it keeps the promises that the engine relies on."""
+"""The transports between processes, by themselves: they keep the promises that the engine relies on."""
 
 from __future__ import annotations
 
+import pytest
 import torch
 from work import broadcast_words, messages_of_one_tag, predict
 from world import GlooWorld
@@ -9,24 +10,30 @@ from world import GlooWorld
 from models import moved, relative_error, sdxl_unet, unet_inputs
 
 EXACT = 1e-5
+on_every_transport = pytest.mark.parametrize("kind", ["sockets", "shared memory"])
 
 
-def test_messages_of_one_tag_meet_in_the_order_of_their_posts_whatever_the_order_of_the_waits(gloo: GlooWorld) -> None:
-    assert gloo.run(messages_of_one_tag, ranks=2) == [[10.0, 11.0, 12.0], [0.0, 1.0, 2.0]]
+@on_every_transport
+def test_messages_of_one_tag_meet_in_the_order_of_their_posts_whatever_the_order_of_the_waits(
+    gloo: GlooWorld, kind: str
+) -> None:
+    assert gloo.run(messages_of_one_tag, kind, ranks=2) == [[10.0, 11.0, 12.0], [0.0, 1.0, 2.0]]
 
 
-def test_a_broadcast_gives_rank_zeros_value_to_all(gloo: GlooWorld) -> None:
-    assert gloo.run(broadcast_words, ranks=3) == 3 * [["first of 0", "second of 0"]]
+@on_every_transport
+def test_a_broadcast_gives_rank_zeros_value_to_all(gloo: GlooWorld, kind: str) -> None:
+    assert gloo.run(broadcast_words, kind, ranks=3) == 3 * [["first of 0", "second of 0"]]
 
 
-def test_another_shape_within_a_request_starts_synchronously(gloo: GlooWorld) -> None:
+@on_every_transport
+def test_another_shape_within_a_request_starts_synchronously(gloo: GlooWorld, kind: str) -> None:
     """Messages of the first shape are still under way when the second shape's are posted under the same names."""
     unet = sdxl_unet()
     small, large = unet_inputs(unet, 1, 17, 9), unet_inputs(unet, 1, 25, 17)
     steps = [small, moved(small), large, large, small]
     with torch.no_grad():
         references = [unet(**inputs).sample for inputs in steps]
-    for outputs in gloo.run(predict, "patch3.displaced.w0", steps, ranks=3):
+    for outputs in gloo.run(predict, kind, "patch3.displaced.w0", steps, ranks=3):
         first, second, third, fourth, _ = map(relative_error, outputs, references)
         assert max(first, third, fourth) <= EXACT
         assert second > 1e-3

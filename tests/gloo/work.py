@@ -16,7 +16,9 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from distrifusion import Plan, RankFailed, StepTimeout, parallelize, unparallelize
 from distrifusion.denoiser import ParallelDenoiser
-from distrifusion.exchange.transport import Message, ProcessGroupTransport
+from distrifusion.exchange.meeting import transport_of
+from distrifusion.exchange.shared_memory import SharedMemoryTransport
+from distrifusion.exchange.transport import Message, ProcessGroupTransport, Transport
 from models import run_request, sdxl_unet
 
 
@@ -113,11 +115,19 @@ class Lose:
         return kwargs
 
 
-def draw_until_lost(mesh: DeviceMesh, plan: str, limit: float, lose: Lose) -> tuple[str, str]:
+def transport_over(kind: str, group: dist.ProcessGroup) -> Transport:
+    """The transport of a kind, "sockets" or "shared memory"."""
+    if kind == "sockets":
+        return ProcessGroupTransport(group)
+    transport = transport_of(group, torch.device("cpu"))
+    assert isinstance(transport, SharedMemoryTransport), "ranks of one machine share memory"
+    return transport
+
+
+def draw_until_lost(mesh: DeviceMesh, kind: str, plan: str, limit: float, lose: Lose) -> tuple[str, str]:
     """Rank 1 is lost; the type and text of the error that the others see, whose waits are limited to `limit` s."""
     pipe = PIPELINES["sd"]("ddim")
-    limited = DeviceMesh.from_group(dist.new_group(timeout=timedelta(seconds=limit)), "cpu")
-    parallelize(pipe, plan, mesh=limited)
+    parallelize(pipe, plan, mesh=transport_over(kind, dist.new_group(timeout=timedelta(seconds=limit))))
     own = {"callback_on_step_end": lose} if mesh.get_rank() == 1 else {}
     dist.barrier()
     try:
@@ -127,9 +137,9 @@ def draw_until_lost(mesh: DeviceMesh, plan: str, limit: float, lose: Lose) -> tu
     return "", "no error"
 
 
-def messages_of_one_tag(mesh: DeviceMesh) -> list[float]:
+def messages_of_one_tag(mesh: DeviceMesh, kind: str) -> list[float]:
     """What arrives from the other rank when three messages of one tag are waited for last to first."""
-    transport = ProcessGroupTransport(mesh.get_group())
+    transport = transport_over(kind, mesh.get_group())
     peer = 1 - transport.rank
     own = [torch.tensor([10.0 * transport.rank + i]) for i in range(3)]
     boxes = [torch.zeros(1) for _ in own]
@@ -142,16 +152,16 @@ def messages_of_one_tag(mesh: DeviceMesh) -> list[float]:
     return [box.item() for box in boxes]
 
 
-def broadcast_words(mesh: DeviceMesh) -> list[str]:
+def broadcast_words(mesh: DeviceMesh, kind: str) -> list[str]:
     """What a broadcast gives, twice."""
-    transport = ProcessGroupTransport(mesh.get_group())
+    transport = transport_over(kind, mesh.get_group())
     return [transport.broadcast(f"{word} of {transport.rank}") for word in ("first", "second")]
 
 
-def predict(mesh: DeviceMesh, plan: str, steps: list[dict[str, Any]]) -> list[torch.Tensor]:
+def predict(mesh: DeviceMesh, kind: str, plan: str, steps: list[dict[str, Any]]) -> list[torch.Tensor]:
     """The predictions of one request of a denoiser, one call per step."""
     unet = sdxl_unet()
-    denoiser = ParallelDenoiser(unet, Plan.parse(plan), ProcessGroupTransport(mesh.get_group()))
+    denoiser = ParallelDenoiser(unet, Plan.parse(plan), transport_over(kind, mesh.get_group()))
     denoiser.attach()
     with torch.no_grad():
         return run_request(unet, denoiser, steps)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -36,15 +37,74 @@ class CallPolicy:
 class Gathered:
     """Everybody's pieces of one site, on their way."""
 
-    def __init__(self, buffer: GatherBuffer, fresh: bool) -> None:
+    def __init__(self, buffer: GatherBuffer, taken: Callable[[], None] | None) -> None:
         self._buffer = buffer
-        self._fresh = fresh
+        self._taken = taken
 
     def wait(self) -> tuple[torch.Tensor, ...]:
-        """The pieces [B, L, C] of all owners in band order."""
-        if self._fresh:
+        """The pieces [B, L, C] of all owners in band order, valid until the next verb."""
+        if self._taken is None:
             self._buffer.settle()
+        else:
+            self._taken()
         return self._buffer.read()
+
+
+@dataclass
+class Swap:
+    """Small tensors of other ranks, by rank, on their way; `take` waits for them or says that they were used."""
+
+    take: Callable[[], dict[int, torch.Tensor]]
+
+    def wait(self) -> dict[int, torch.Tensor]:
+        """What came from each peer, valid until the next verb."""
+        return self.take()
+
+
+@dataclass
+class Shared:
+    """Everybody's small tensor of one site, on their way."""
+
+    own: torch.Tensor
+    previous: torch.Tensor | None
+    swap: Swap
+    team: tuple[int, ...]
+
+    def wait(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """All stacked in band order, own always fresh; and the own one that the others still use, None if fresh."""
+        received = self.swap.wait()
+        return torch.stack([received.get(rank, self.own) for rank in self.team]), self.previous
+
+
+@dataclass
+class Halo:
+    """Rows that one band wants beyond its own, on their way.
+
+    Attributes:
+        edges: rows of zeros wanted before the first and after the last row of the picture.
+        inside: the part of the own rows that is wanted, counted from the first own one.
+        dim: dimension of the cut, 2 or 3.
+    """
+
+    edges: tuple[int, int]
+    inside: Interval
+    dim: int
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+    swap: Swap
+
+    def wait(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """The rows of other ranks before and after the own ones, valid until the next verb."""
+        received = self.swap.wait()
+        return [received[rank] for rank in self.before], [received[rank] for rank in self.after]
+
+    def extend(self, x: torch.Tensor) -> torch.Tensor:
+        """Wait, and put the rows around the own ones x [B, C, H, W], with zeros beyond the picture's edges."""
+        before, after = self.wait()
+        own = x.narrow(self.dim, self.inside.start, len(self.inside))
+        zeros = [x.new_zeros(_with_length(x.shape, self.dim, n)) if n else None for n in self.edges]
+        pieces = (zeros[0], *before, own, *after, zeros[1])
+        return torch.cat([piece for piece in pieces if piece is not None], self.dim)
 
 
 class Exchange:
@@ -53,6 +113,7 @@ class Exchange:
     A fresh exchange sends, waits and returns this call's values. A stale one returns what was received during the last
     call and posts this call's values, without waiting, as soon as the old ones have been used (at the next verb at the
     latest). Every rank of a team calls the same verbs in the same order; names, not that order, tell values apart.
+    Several verbs may be under way before the first is waited for, so that they cost one wait.
     """
 
     def __init__(self, transport: Transport) -> None:
@@ -106,19 +167,16 @@ class Exchange:
                 state.gathers[name] = entry
         entry.settle()
         entry.write(pieces)
-        if fresh:
-            self._post(kind or "exit", entry)
-        else:
-            self._deferred.append((str(kind), entry))
-        return Gathered(entry, fresh)
+        if not fresh:
+            return Gathered(entry, partial(self._defer, str(kind), entry))
+        self._post(kind or "exit", entry)
+        return Gathered(entry, None)
 
-    def halo(
-        self, site: str, x: torch.Tensor, dim: int, bands: Sequence[Interval], wants: Sequence[Interval]
-    ) -> torch.Tensor:
-        """This rank's rows extended to the interval it wants, zeros beyond the picture's edge.
+    def halo(self, site: str, x: torch.Tensor, dim: int, bands: Sequence[Interval], wants: Sequence[Interval]) -> Halo:
+        """Ask for what this rank's rows lack of the interval it wants.
 
         Args:
-            site: name of the asking layer.
+            site: name of the layer that wants it.
             x: this rank's rows [B, C, H, W], cut along `dim`.
             dim: dimension of the cut, 2 or 3.
             bands: rows owned, by band order; they cover 0..size.
@@ -126,35 +184,35 @@ class Exchange:
         """
         index, team = self._policy.index, self._policy.team
         own, want, size = bands[index], wants[index], bands[-1].stop
-
-        def rows(part: Interval) -> torch.Tensor:
-            return x.narrow(dim, part.start - own.start, len(part))
-
         others = [j for j in range(len(team)) if j != index]
-        outgoing = {team[j]: rows(own & wants[j]) for j in others if len(own & wants[j])}
-        owned = {j: bands[j] & want for j in others}
-        incoming = {team[j]: _with_length(x.shape, dim, len(part)) for j, part in owned.items() if len(part)}
-        received = self._swap(site, SiteKind.HALO, outgoing, incoming, x)
-        pieces = [rows(own & want) if j == index else received.get(team[j]) for j in range(len(team))]
-        zeros = [x.new_zeros(_with_length(x.shape, dim, n)) if n > 0 else None for n in (-want.start, want.stop - size)]
-        present = [piece for piece in (zeros[0], *pieces, zeros[1]) if piece is not None]
-        return torch.cat(present, dim)
+        outgoing = {}
+        for j in others:
+            if len(part := own & wants[j]):
+                outgoing[team[j]] = x.narrow(dim, part.start - own.start, len(part))
+        parts = {j: part for j in others if len(part := bands[j] & want)}
+        incoming = {team[j]: _with_length(x.shape, dim, len(part)) for j, part in parts.items()}
+        inside = own & want
+        return Halo(
+            edges=(max(0, -want.start), max(0, want.stop - size)),
+            inside=Interval(inside.start - own.start, inside.stop - own.start),
+            dim=dim,
+            before=tuple(team[j] for j in parts if j < index),
+            after=tuple(team[j] for j in parts if j > index),
+            swap=self._swap(site, SiteKind.HALO, outgoing, incoming, x),
+        )
 
-    def share(self, site: str, kind: SiteKind, own: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Everybody's small tensor stacked in band order, own always fresh; and the own one that the others still use.
-
-        The second value is None when the others use the fresh one.
-        """
-        index, team = self._policy.index, self._policy.team
-        peers = [rank for j, rank in enumerate(team) if j != index]
+    def share(self, site: str, kind: SiteKind, own: torch.Tensor) -> Shared:
+        """Give everybody a small tensor and ask for everybody's."""
+        team = self._policy.team
+        peers = [rank for rank in team if rank != team[self._policy.index]]
         previous = self._previous(site, kind, peers)
-        received = self._swap(site, kind, dict.fromkeys(peers, own), dict.fromkeys(peers, own.shape), own)
-        return torch.stack([own if j == index else received[rank] for j, rank in enumerate(team)]), previous
+        swap = self._swap(site, kind, dict.fromkeys(peers, own), dict.fromkeys(peers, own.shape), own)
+        return Shared(own, previous, swap, team)
 
     def collect(self, site: str, own: torch.Tensor, shapes: Mapping[int, torch.Size]) -> dict[int, torch.Tensor]:
         """The fresh tensors of other ranks, whose shapes are given by rank; each of them gets this rank's."""
         outgoing = dict.fromkeys(shapes, own) if own.numel() else {}
-        return self._swap(site, None, outgoing, {r: s for r, s in shapes.items() if s.numel()}, own)
+        return self._swap(site, None, outgoing, {r: s for r, s in shapes.items() if s.numel()}, own).wait()
 
     def _previous(self, site: str, kind: SiteKind, peers: Sequence[int]) -> torch.Tensor | None:
         state = self._policy.state
@@ -172,14 +230,14 @@ class Exchange:
         outgoing: Mapping[int, torch.Tensor],
         incoming: Mapping[int, torch.Size],
         like: torch.Tensor,
-    ) -> dict[int, torch.Tensor]:
-        """Send a small tensor to each peer, get one from each; what comes back is valid until the next verb."""
+    ) -> Swap:
+        """Send a small tensor to each peer, get one from each."""
         self._flush()
         name = self._name(site)
         state = self._policy.state if kind in self._policy.keep else None
         entry = state.swaps.get(name) if state else None
         if entry is not None and kind in self._policy.stale and entry.parcel is not None:
-            return self._swap_stale(name, entry, outgoing)
+            return self._swap_stale(name, entry, entry.parcel, outgoing)
         sends = {peer: tensor.contiguous() for peer, tensor in outgoing.items()}
         receives = {peer: like.new_empty(shape) for peer, shape in incoming.items()}
         tag = tag_of(name)
@@ -188,20 +246,31 @@ class Exchange:
             [Message(peer, tensor, tag) for peer, tensor in receives.items()],
         )
         self._count(kind or "exit", sum(t.nbytes for t in sends.values()))
-        pending.wait()
-        if state is not None and kind is not None:
-            _keep(state, name, kind, sends, receives)
-        return receives
 
-    def _swap_stale(self, name: str, entry: Swapped, outgoing: Mapping[int, torch.Tensor]) -> dict[int, torch.Tensor]:
-        parcel = entry.parcel
-        assert parcel is not None
+        def take() -> dict[int, torch.Tensor]:
+            pending.wait()
+            if state is not None and kind is not None:
+                _keep(state, name, kind, sends, receives)
+            return receives
+
+        return Swap(take)
+
+    def _swap_stale(self, name: str, entry: Swapped, parcel: Parcel, outgoing: Mapping[int, torch.Tensor]) -> Swap:
         parcel.settle()
         for peer, tensor in outgoing.items():
             entry.outgoing[peer].copy_(tensor)
-        if parcel.mark(name):
-            self._deferred.append(("parcel", parcel))
-        return entry.incoming
+
+        def take() -> dict[int, torch.Tensor]:
+            if parcel.mark(name):
+                self._defer("parcel", parcel)
+            return entry.incoming
+
+        return Swap(take)
+
+    def _defer(self, kind: str, posted: Posted) -> None:
+        """Post at the next verb: until then the values that were received are still being used."""
+        if all(posted is not other for _, other in self._deferred):
+            self._deferred.append((kind, posted))
 
     def _flush(self) -> None:
         for kind, posted in self._deferred:

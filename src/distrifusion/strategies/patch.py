@@ -17,7 +17,7 @@ from torch import nn
 
 from distrifusion.anatomy.base import AttentionSite, ConvSite, EntrySite, NormSite, Site, UpsampleSite
 from distrifusion.errors import UnsupportedModel
-from distrifusion.exchange.verbs import Exchange, Gathered
+from distrifusion.exchange.verbs import Exchange, Gathered, Halo
 from distrifusion.partition import Interval, Level
 from distrifusion.plan import SiteKind, Split
 from distrifusion.strategies.attach import Attachment
@@ -41,6 +41,16 @@ class PatchStep:
     entry: torch.Tensor
 
 
+@dataclass
+class _Chain:
+    """A normed band on its way through an activation to a convolution, and the border rows that go with it."""
+
+    normed: torch.Tensor
+    halo: Halo
+    before: list[torch.Tensor]
+    after: list[torch.Tensor]
+
+
 class PatchStrategy:
     """Splits a denoiser's sites into bands.
 
@@ -52,9 +62,16 @@ class PatchStrategy:
         self._exchange = exchange
         self._dim = 2 if split is Split.ROWS else 3
         self._step: PatchStep | None = None
+        self._convs: dict[str, ConvSite] = {}
+        self._chain: _Chain | None = None
+        self._extended: torch.Tensor | None = None
 
     def attach(self, sites: list[Site], attachment: Attachment) -> None:
         """Replace the forward of every site."""
+        self._convs = {site.name: site for site in sites if isinstance(site, ConvSite)}
+        activations = {id(a): a for site in sites if isinstance(site, NormSite) and (a := site.activation) is not None}
+        for activation in activations.values():
+            attachment.replace(activation, "forward", partial(partial, self._activation))
         for site in sites:
             match site:
                 case EntrySite():
@@ -73,6 +90,7 @@ class PatchStrategy:
     def begin(self, step: PatchStep) -> None:
         """Set the call that the layers are in."""
         self._step = step
+        self._chain = self._extended = None
 
     def cut(self, x: torch.Tensor) -> torch.Tensor:
         """This rank's band of a tensor [B, C, h, w] that has all rows of one level."""
@@ -114,7 +132,7 @@ class PatchStrategy:
         level = self.step.levels[site.level]
         if self.is_whole(x.shape[self._dim], level):
             return forward(x)
-        assert level.bands is not None and isinstance(site.module, nn.Conv2d)
+        assert level.bands is not None
         want = _input_rows(site.module, self._dim, level.bands[self.step.index])
         inside = self._rows(self.step.entry, want & Interval(0, level.size))
         edges = (max(0, -want.start), max(0, want.stop - level.size))
@@ -123,14 +141,21 @@ class PatchStrategy:
 
     def _conv(self, site: Site, forward: Forward, x: torch.Tensor) -> torch.Tensor:
         level, level_out = self.step.levels[site.level], self.step.levels[site.level_out]
+        if x is self._extended:
+            self._extended = None
+            return _conv_without_padding(site.module, self._dim, x)
         if self.is_whole(x.shape[self._dim], level):
             return forward(x)
         if level_out.bands is None:
             return forward(self._gather_rows(site, x, level))
-        assert level.bands is not None and isinstance(site.module, nn.Conv2d)
-        wants = [_input_rows(site.module, self._dim, band) for band in level_out.bands]
-        extended = self._exchange.halo(site.name, x, self._dim, level.bands, wants)
-        return _conv_without_padding(site.module, self._dim, extended)
+        return _conv_without_padding(site.module, self._dim, self._halo(site, x).extend(x))
+
+    def _halo(self, site: Site, x: torch.Tensor) -> Halo:
+        """Ask for the rows of x that a convolution wants of the other bands."""
+        bands, bands_out = self.step.levels[site.level].bands, self.step.levels[site.level_out].bands
+        assert bands is not None and bands_out is not None
+        wants = [_input_rows(site.module, self._dim, band) for band in bands_out]
+        return self._exchange.halo(site.name, x, self._dim, bands, wants)
 
     def _gather_rows(self, site: Site, x: torch.Tensor, level: Level) -> torch.Tensor:
         """All rows, always fresh: from here on the levels are too coarse to cut."""
@@ -140,21 +165,40 @@ class PatchStrategy:
         whole = gathered.reshape(x.shape[0], level.size, *first.shape[2:])
         return whole.movedim(1, self._dim).contiguous()
 
-    def _norm(self, site: Site, forward: Forward, x: torch.Tensor) -> torch.Tensor:
+    def _norm(self, site: NormSite, forward: Forward, x: torch.Tensor) -> torch.Tensor:
         level = self.step.levels[site.level]
         spatial = x.dim() == 4
         rows = x.shape[self._dim] if spatial else x.shape[-1] // level.across
         if self.is_whole(rows, level):
             return forward(x)
         assert level.bands is not None and isinstance(site.module, nn.GroupNorm)
+        # The border rows that the next convolution wants travel as the norm's input, together with its statistics:
+        # one wait for both. The receiver norms and activates them.
+        conv = (
+            self._convs.get(site.conv or "") if spatial and not (torch.is_grad_enabled() and x.requires_grad) else None
+        )
+        halo = self._halo(conv, x) if conv else None
         own = local_moments(x, site.module.num_groups)
-        moments, previous = self._exchange.share(site.name, SiteKind.NORM, own)
+        moments, previous = self._exchange.share(site.name, SiteKind.NORM, own).wait()
         counts = _counts(level.bands, x.device)
         if previous is None:
             mean, variance = merge_moments(moments, counts)
         else:
             mean, variance = corrected_moments(moments, counts, self.step.index, previous)
-        return normalise(x, mean, variance, site.module)
+        normed = normalise(x, mean, variance, site.module)
+        if halo is not None:
+            before, after = ([normalise(r, mean, variance, site.module) for r in side] for side in halo.wait())
+            self._chain = _Chain(normed, halo, before, after)
+        return normed
+
+    def _activation(self, forward: Forward, x: torch.Tensor) -> torch.Tensor:
+        """The activation of a normed band, written into the place that the convolution's border rows surround."""
+        chain = self._chain
+        if chain is None or x is not chain.normed:
+            return forward(x)
+        self._chain = None
+        self._extended = _surround(x, chain, self._dim)
+        return self._extended
 
     def _upsample(
         self, site: Site, forward: Forward, x: torch.Tensor, output_size: Any = None, *args: Any, **kwargs: Any
@@ -214,16 +258,36 @@ def _counts(bands: tuple[Interval, ...], device: torch.device) -> torch.Tensor:
     return torch.tensor([float(len(band)) for band in bands], device=device)
 
 
-def _input_rows(conv: nn.Conv2d, dim: int, out: Interval) -> Interval:
+def _input_rows(conv: nn.Module, dim: int, out: Interval) -> Interval:
     """The input rows, edges beyond the picture included, that a convolution needs for the output rows given."""
+    assert isinstance(conv, nn.Conv2d)
     axis = dim - 2
     kernel, stride, dilation = conv.kernel_size[axis], conv.stride[axis], conv.dilation[axis]
     start = out.start * stride - int(conv.padding[axis])
     return Interval(start, start + (len(out) - 1) * stride + dilation * (kernel - 1) + 1)
 
 
-def _conv_without_padding(conv: nn.Conv2d, dim: int, x: torch.Tensor) -> torch.Tensor:
+def _surround(x: torch.Tensor, chain: _Chain, dim: int) -> torch.Tensor:
+    """SiLU of a band [B, C, H, W] and of its border rows in one tensor, with zeros beyond the picture's edges."""
+    halo = chain.halo
+    pieces: list[torch.Tensor | int] = [
+        halo.edges[0], *chain.before, x.narrow(dim, halo.inside.start, len(halo.inside)), *chain.after, halo.edges[1],
+    ]  # fmt: skip
+    lengths = [piece if isinstance(piece, int) else piece.shape[dim] for piece in pieces]
+    shape = [sum(lengths) if d == dim else n for d, n in enumerate(x.shape)]
+    layout = torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
+    extended = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
+    for piece, place in zip(pieces, extended.split(lengths, dim), strict=True):
+        if isinstance(piece, int):
+            place.zero_()
+        else:
+            torch.ops.aten.silu.out(piece, out=place)
+    return extended
+
+
+def _conv_without_padding(conv: nn.Module, dim: int, x: torch.Tensor) -> torch.Tensor:
     """A convolution whose padding along the cut is already part of x."""
+    assert isinstance(conv, nn.Conv2d)
     padding = [int(p) for p in conv.padding]
     padding[dim - 2] = 0
     return F.conv2d(x, conv.weight, conv.bias, conv.stride, padding, conv.dilation, conv.groups)

@@ -30,13 +30,18 @@ class Ranks:
         """Change every rank's pipeline, one after the other."""
         return [change(pipe) for pipe in self.pipes]
 
-    def draw(self, call: Call) -> list[torch.Tensor]:
-        """What a call gives on every rank, all at the same time."""
-        return self.world.run(lambda transport: call(self.pipes[transport.rank]))
+    def derive(self, make: Callable[[Any], DiffusionPipeline]) -> list[Any]:
+        """Pipelines made of every rank's own, such as by `from_pipe`, parallelized by the same plan."""
+        made = self.each(make)
+        return [parallelize(pipe, self.plan, transport) for pipe, transport in zip(made, self.transports, strict=True)]
 
-    def error(self, call: Call, reference: torch.Tensor) -> float:
+    def draw(self, call: Call, pipes: list[Any] | None = None) -> list[torch.Tensor]:
+        """What a call gives on every rank, all at the same time; `pipes` are others than the ranks' own."""
+        return self.world.run(lambda transport: call((pipes or self.pipes)[transport.rank]))
+
+    def error(self, call: Call, reference: torch.Tensor, pipes: list[Any] | None = None) -> float:
         """The relative error of a call against a reference, the worst rank's."""
-        return max(relative_error(drawn, reference) for drawn in self.draw(call))
+        return max(relative_error(drawn, reference) for drawn in self.draw(call, pipes))
 
 
 def own_copy(pipe: DiffusionPipeline) -> Any:

@@ -8,6 +8,7 @@ import typer
 
 from distrifusion.cli.models import models
 from distrifusion.cli.run import run
+from distrifusion.cli.verify import verify
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -38,5 +39,5 @@ def main(
     """
 
 
-for command in (run, models):
+for command in (run, verify, models):
     app.command()(command)

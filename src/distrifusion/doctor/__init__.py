@@ -1,0 +1,1 @@
+"""What this machine has, whether it works, and what to do where it does not."""

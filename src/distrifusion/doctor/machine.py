@@ -1,0 +1,107 @@
+"""Processor, memory and limits of this machine, or of the container that this process is in."""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from distrifusion.runtime.devices import num_cores
+
+_CGROUP = Path("/sys/fs/cgroup")
+_GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What there is to compute with; memory in bytes.
+
+    Attributes:
+        cores: that this process may run on.
+        cpu_quota: CPUs' worth of time that the container grants, None if it is not limited.
+        memory, free_memory: of the machine, or of the container where it has less.
+        shm, free_shm: of /dev/shm, None where there is none.
+        open_files: how many a process may have.
+    """
+
+    system: str
+    cpu: str
+    cores: int
+    cpu_quota: float | None
+    memory: int
+    free_memory: int
+    shm: int | None
+    free_shm: int | None
+    open_files: int
+
+    @property
+    def usable_cores(self) -> float:
+        """Cores' worth of computing for this process."""
+        return min(self.cores, self.cpu_quota) if self.cpu_quota else self.cores
+
+
+def look() -> Machine:
+    """The machine as it is now."""
+    memory = psutil.virtual_memory()
+    total, free = memory.total, memory.available
+    limit, used = _read_number("memory.max"), _read_number("memory.current")
+    if limit is not None and limit < total:
+        # Files that were read count as used, and go when memory is needed.
+        total, free = int(limit), min(free, int(limit - (used or 0) + _cached_files()))
+    shm = os.statvfs("/dev/shm") if Path("/dev/shm").is_dir() else None
+    return Machine(
+        system=f"{platform.system()} {platform.release()}, {platform.machine()}",
+        cpu=cpu_model(),
+        cores=num_cores(),
+        cpu_quota=_cpu_quota(),
+        memory=total,
+        free_memory=free,
+        shm=shm.f_blocks * shm.f_frsize if shm else None,
+        free_shm=shm.f_bavail * shm.f_frsize if shm else None,
+        open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+    )
+
+
+def cpu_model() -> str:
+    """Name of the processor, as well as the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def size_in_words(num_bytes: float) -> str:
+    """Bytes for a reader, such as `1.5 GiB`."""
+    return f"{num_bytes / _GIB:.1f} GiB" if num_bytes >= _GIB else f"{num_bytes / 2**20:.0f} MiB"
+
+
+def _cpu_quota() -> float | None:
+    """CPUs that control groups (version 2, or 1) grant; None if they do not limit."""
+    try:
+        quota, _, period = (_CGROUP / "cpu.max").read_text().strip().partition(" ")
+        return None if quota == "max" else int(quota) / int(period)
+    except (OSError, ValueError):
+        quota_us, period_us = _read_number("cpu/cpu.cfs_quota_us"), _read_number("cpu/cpu.cfs_period_us")
+        return quota_us / period_us if quota_us and period_us and quota_us > 0 else None
+
+
+def _cached_files() -> float:
+    """Bytes of files that the container holds in memory and would give up."""
+    try:
+        lines = (_CGROUP / "memory.stat").read_text().splitlines()
+    except OSError:
+        return 0.0
+    return next((float(line.split()[1]) for line in lines if line.startswith("inactive_file ")), 0.0)
+
+
+def _read_number(name: str) -> float | None:
+    try:
+        return float((_CGROUP / name).read_text().strip())
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,163 @@
+"""The report of a comparison: one page that needs nothing else, and the raw rows beside it."""
+
+from __future__ import annotations
+
+import base64
+import datetime
+import io
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+from PIL import Image
+
+from distrifusion.doctor.machine import cpu_model
+from distrifusion.doctor.versions import versions
+from distrifusion.plan import Split
+from distrifusion.quality import summary
+from distrifusion.quality.comparison import Result
+from distrifusion.quality.measures import MEASURES
+from distrifusion.quality.panel import error_map
+from distrifusion.quality.plots import Line, Mark, chart
+from distrifusion.quality.recording import Shelf
+from distrifusion.quality.summary import Verdict
+from distrifusion.quality.verify import PLAN, REFERENCE, Outcome
+
+PAGE, DATA = "index.html", "report.json"
+# More would make the page heavy; the table has them all.
+_MAX_SHOWN = 12
+# Longest side of a picture on the page, in pixels.
+_MAX_PIXELS = 640
+_LEVELS = 255
+
+
+@dataclass(frozen=True)
+class Circumstances:
+    """What a stranger needs to judge and repeat a result, by name for a reader."""
+
+    command: str
+    facts: Mapping[str, str]
+    versions: Mapping[str, str]
+
+    @classmethod
+    def of(cls, outcome: Outcome, command: str) -> Circumstances:
+        """Of what was drawn on this machine just now."""
+        task = outcome.task
+        given = task.arguments
+        where = f"{len(task.devices)} x {task.devices[0].type}, the reference 1 x {task.devices[0].type}"
+        facts = {
+            "model": task.source,
+            "plan": str(task.plan),
+            "devices": where if task.threads is None else f"{where}; {task.threads} CPU thread(s) each",
+            "processor": cpu_model(),
+            "size": "{} x {} pixels".format(*outcome.size),
+            "steps": str(given.get("num_inference_steps", "the model's own")),
+            "guidance": str(given.get("guidance_scale", "the model's own")),
+            "scheduler": task.scheduler or "the model's own",
+            "type of numbers": str(next(iter(task.keywords.values()), "float32")).removeprefix("torch."),
+            "seeds": " ".join(map(str, task.seeds)),
+            "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        }
+        return cls(command, facts, versions())
+
+
+def write(folder: Path, outcome: Outcome, verdict: Verdict, circumstances: Circumstances, shelf: Shelf) -> Path:
+    """Write page and data into `folder`, which is made if it is not there; returns the page's path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / DATA).write_text(json.dumps(data(outcome, verdict, circumstances), indent=1) + "\n", encoding="utf-8")
+    page = folder / PAGE
+    page.write_text(_page(outcome, verdict, circumstances, shelf), encoding="utf-8")
+    return page
+
+
+def data(outcome: Outcome, verdict: Verdict, circumstances: Circumstances) -> dict[str, Any]:
+    """Everything that was measured, for JSON."""
+    setting = {"command": circumstances.command, **circumstances.facts, "versions": dict(circumstances.versions)}
+    return {"setting": setting, **summary.as_data(outcome, verdict)}
+
+
+def _page(outcome: Outcome, verdict: Verdict, circumstances: Circumstances, shelf: Shelf) -> str:
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    source = resources.files("distrifusion.quality").joinpath("report.html.j2").read_text(encoding="utf-8")
+    shown = _chosen(outcome.results)
+    return environment.from_string(source).render(
+        outcome=outcome,
+        verdict=verdict,
+        circumstances=circumstances,
+        rows=summary.rows(outcome, verdict.limits),
+        measures=MEASURES,
+        speed=summary.speed(outcome),
+        pictures=[_picture(outcome, result, shelf) for result in shown],
+        drift=_drift_chart(outcome),
+        seam_chart=_seam_chart(outcome),
+        control=statistics.median([score for result in outcome.results for score in result.control] or [1.0]),
+    )
+
+
+def _chosen(results: Sequence[Result]) -> list[Result]:
+    """All, or the worst by PSNR, in their own order."""
+    worst = sorted(results, key=lambda result: result.values["psnr"])[:_MAX_SHOWN]
+    return [result for result in results if result in worst]
+
+
+def _picture(outcome: Outcome, result: Result, shelf: Shelf) -> dict[str, Any]:
+    """One row of pictures."""
+    reference, picture = (shelf.picture(run, result.seed) for run in (REFERENCE, PLAN))
+    error, gain = error_map(picture, reference)
+    rows = outcome.bands.split is Split.ROWS
+    length = picture.height if rows else picture.width
+    return {
+        "result": result,
+        "images": [_inline(image) for image in (reference, picture, error)],
+        "gain": gain,
+        "side": "top" if rows else "left",
+        "borders": [100 * border / length for border in outcome.bands.borders],
+    }
+
+
+def _inline(picture: Image.Image) -> str:
+    """A picture as the text of a `src` attribute, at most `_MAX_PIXELS` on its longer side."""
+    small = picture.copy()
+    small.thumbnail((_MAX_PIXELS, _MAX_PIXELS))
+    stream = io.BytesIO()
+    small.save(stream, "webp", quality=92)
+    return "data:image/webp;base64," + base64.b64encode(stream.getvalue()).decode("ascii")
+
+
+def _drift_chart(outcome: Outcome) -> str:
+    """Relative error of the latents after every step, one line per seed, their median, and the noise floors."""
+    curves = {r.seed: [step.relative_error for step in r.drift] for r in outcome.results if r.drift}
+    if not curves:
+        return ""
+    lines = [Line(curve, "thin", f"seed {seed}") for seed, curve in curves.items()]
+    lines.append(Line(_median(list(curves.values())), "bold", "median of all seeds"))
+    for floor in outcome.floors:
+        again = [[step.relative_error for step in result.drift] for result in floor.results]
+        title = f"noise floor: one device, {floor.title}"
+        lines.append(Line(_median(again), "dashed", title, label=floor.title))
+    plan, num_steps = outcome.task.plan, len(lines[0].values)
+    fresh = plan.warmup + 1
+    marks = [Mark(fresh, f"{fresh} synchronous calls")] if not plan.exact and fresh < num_steps else []
+    return chart(lines, "denoising step", "relative error of the latents", log=True, marks=marks)
+
+
+def _seam_chart(outcome: Outcome) -> str:
+    """Mean jump of the error across every line of the picture, with the borders of the bands."""
+    profiles = [result.profile for result in outcome.results if result.profile.size]
+    if not profiles:
+        return ""
+    mean = (np.mean(profiles, axis=0) * _LEVELS).tolist()
+    word = "row" if outcome.bands.split is Split.ROWS else "column"
+    marks = [Mark(border, "border") for border in outcome.bands.borders]
+    lines = [Line(mean, "bold", "mean of all seeds")]
+    return chart(lines, f"pixel {word}", "jump of the error, grey levels", marks=marks)
+
+
+def _median(curves: Sequence[Sequence[float]]) -> list[float]:
+    return [statistics.median(values) for values in zip(*curves, strict=True)]

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from distrifusion.cli.doctor import doctor
 from distrifusion.cli.models import models
 from distrifusion.cli.run import run
 from distrifusion.cli.verify import verify
@@ -39,5 +40,5 @@ def main(
     """
 
 
-for command in (run, verify, models):
+for command in (run, verify, doctor, models):
     app.command()(command)

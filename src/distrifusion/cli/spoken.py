@@ -46,8 +46,6 @@ def cancelled_by_ctrl_c(pipe: LoadedPipeline) -> Iterator[None]:
     """Within, the first Ctrl-C ends the running call after its step, and the second ends everything at once."""
 
     def cancel(signum: int, frame: FrameType | None) -> None:
-        if not hasattr(type(pipe), "cancel"):
-            raise KeyboardInterrupt
         signal.signal(signal.SIGINT, signal.default_int_handler)
         typer.echo("\ndistrifusion: stopping after this step; Ctrl-C again ends at once", err=True)
         pipe.cancel()

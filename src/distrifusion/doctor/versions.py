@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from importlib import metadata
 
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 _OURS = "distrifusion"
@@ -33,7 +34,13 @@ class Package:
         """True if the installed version is in the range; what is optional may be missing."""
         if self.version is None:
             return self.extra is not None
-        return Requirement(f"{self.name}{self.tested}").specifier.contains(Version(self.version), prereleases=True)
+        return SpecifierSet(self.tested).contains(Version(self.version), prereleases=True)
+
+    @property
+    def is_old(self) -> bool:
+        """True if the installed version is below the range."""
+        floors = [Version(part.version) for part in SpecifierSet(self.tested) if part.operator == ">="]
+        return self.version is not None and any(Version(self.version) < floor for floor in floors)
 
 
 def packages() -> tuple[Package, ...]:
@@ -44,9 +51,9 @@ def packages() -> tuple[Package, ...]:
         extra = _extra(requirement)
         if extra == "dev" or requirement.name in (*found, _OURS):
             continue
-        found[requirement.name] = Package(
-            requirement.name, installed(requirement.name), str(requirement.specifier), extra
-        )
+        # The floor first.
+        tested = ",".join(sorted(map(str, requirement.specifier), reverse=True))
+        found[requirement.name] = Package(requirement.name, installed(requirement.name), tested, extra)
     return tuple(found.values())
 
 

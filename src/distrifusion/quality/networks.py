@@ -5,8 +5,9 @@ Nothing is ever downloaded: a network whose package or weights are missing is sk
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Protocol, Self
@@ -41,8 +42,6 @@ class Network(Protocol):
 class Lpips:
     """Zhang et al. 2018, with AlexNet."""
 
-    key = "lpips"
-
     def __init__(self) -> None:
         _need_package("torchvision")
         _need_weights(_ALEXNET, "AlexNet's weights of torchvision")
@@ -59,8 +58,6 @@ class Lpips:
 
 class Fid:
     """Heusel et al. 2017, with Inception v3."""
-
-    key = "fid"
 
     def __init__(self) -> None:
         _need_package("torch_fidelity")
@@ -86,8 +83,6 @@ class Clip:
     Args:
         model: a hub id that is in the local cache, or a folder.
     """
-
-    key = "clip_loss"
 
     def __init__(self, model: str = CLIP_MODEL) -> None:
         from transformers import CLIPModel, CLIPTokenizer
@@ -133,14 +128,15 @@ class Networks:
     skipped: dict[str, str] = field(default_factory=dict)
 
     @classmethod
-    def found(cls) -> Self:
-        """Load every network whose package and weights are here."""
+    def found(cls, clip: str = CLIP_MODEL) -> Self:
+        """Load every network whose package and weights are here; `clip` as for `Clip`."""
         networks = cls()
-        for kind in (Lpips, Fid, Clip):
+        kinds: dict[str, Callable[[], Network]] = {"lpips": Lpips, "fid": Fid, "clip_loss": partial(Clip, clip)}
+        for key, load in kinds.items():
             try:
-                networks.found_here.append(kind())
+                networks.found_here.append(load())
             except Missing as missing:
-                networks.skipped[kind.key] = str(missing)
+                networks.skipped[key] = str(missing)
         return networks
 
     def add(self, prompt: str, picture: Image.Image, reference: Image.Image) -> dict[str, float]:

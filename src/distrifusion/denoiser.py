@@ -73,6 +73,7 @@ class ParallelDenoiser:
         self._root = Attachment()
         self._layers = Attachment()
         self._modules: tuple[nn.Module, ...] = ()
+        self._audited = False
 
     @classmethod
     def dividing(cls, model: nn.Module) -> ParallelDenoiser | None:
@@ -132,6 +133,7 @@ class ParallelDenoiser:
         """
         before = OpenRequest(self.request, self.slot)
         self.request, self.slot = request, 0
+        self._audited = False
         return before
 
     def close(self, before: OpenRequest | None = None) -> None:
@@ -148,6 +150,10 @@ class ParallelDenoiser:
                 "parallelized pipeline; call parallelize(pipe, plan) on the pipeline that calls it, also on one that "
                 "from_pipe made"
             )
+        if not self._audited:
+            # Some pipelines put attention processors of their own on the model at the start of a run.
+            self._anatomy.sites(self.model)
+            self._audited = True
         call = self._anatomy.bind(forward, args, kwargs)
         num_rows, _, height, width = call.sample.shape
         layout = self._grid.layout(num_rows)

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from diffusers import ControlNetModel, DiffusionPipeline, MultiControlNetModel
+from diffusers.pipelines.pag.pag_utils import PAGMixin
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from distrifusion.denoiser import OpenRequest, ParallelDenoiser
-from distrifusion.errors import ConfigError, RankFailed, StepTimeout, UnsupportedModel
+from distrifusion.errors import ConfigError, PlanError, RankFailed, StepTimeout, UnsupportedModel
 from distrifusion.exchange.meeting import transport_of
 from distrifusion.exchange.transport import Transport
 from distrifusion.plan import Plan
@@ -58,6 +59,11 @@ def parallelize(
         raise ConfigError("this pipeline is parallelized already; call unparallelize(pipe) first")
     if getattr(pipe, "unet", None) is None:
         raise UnsupportedModel(f"{type(pipe).__name__} has no unet; only U-Net pipelines can be parallelized")
+    if plan.cfg > 1 and isinstance(pipe, PAGMixin):
+        raise PlanError(
+            f"plan '{plan}': {type(pipe).__name__} divides the batch itself, inside its attention, and cfg2 would cut "
+            f"it before; use 'patch{plan.num_ranks}'"
+        )
     transport = _transport(plan, mesh, pipe.device)
     plan.check_devices(transport.world_size)
     denoisers: list[ParallelDenoiser] = []
@@ -82,7 +88,7 @@ def unparallelize(pipe: DiffusionPipeline) -> DiffusionPipeline:
     Raises:
         ConfigError: if the pipeline is not parallelized, or another tool's hook (CPU offload) lies around the model.
     """
-    denoisers = _denoisers_of(pipe)
+    denoisers = denoisers_of(pipe)
     for denoiser in denoisers:
         denoiser.check_outermost()
     _leave(denoisers, pipe)
@@ -97,11 +103,15 @@ def denoiser_of(pipe: DiffusionPipeline) -> ParallelDenoiser:
     Raises:
         ConfigError: if the pipeline is not parallelized.
     """
-    return _denoisers_of(pipe)[0]
+    return denoisers_of(pipe)[0]
 
 
-def _denoisers_of(pipe: DiffusionPipeline) -> tuple[ParallelDenoiser, ...]:
-    """The parallel U-Net, then the parallel ControlNets."""
+def denoisers_of(pipe: DiffusionPipeline) -> tuple[ParallelDenoiser, ...]:
+    """The parallel U-Net of a parallelized pipeline, then its parallel ControlNets.
+
+    Raises:
+        ConfigError: if the pipeline is not parallelized.
+    """
     denoisers = getattr(pipe, _HANDLE, None)
     if denoisers is None:
         raise ConfigError("this pipeline is not parallelized; call parallelize(pipe, plan) first")
@@ -195,7 +205,7 @@ _requests = itertools.count()
 @contextmanager
 def _request(pipe: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
     """One run of the pipeline: agreed random numbers, one request, the scheduler's steps counted."""
-    denoisers = _denoisers_of(pipe)
+    denoisers = denoisers_of(pipe)
     for denoiser, model in itertools.zip_longest(denoisers, _divided_models(pipe).values()):
         if denoiser is None or denoiser.model is not model:
             raise ConfigError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -69,6 +69,9 @@ def control(kind: str, seed: int = 0, **changes: Any) -> ControlNetModel:
     net = ControlNetModel.from_unet(
         base(kind)["unet"], conditioning_embedding_out_channels=(4, 6, 8, 8), load_weights_from_unet=False, **changes
     )
+    with torch.no_grad():
+        for name, parameter in net.controlnet_cond_embedding.named_parameters():
+            parameter.mul_(4 if name.endswith("weight") else 1)  # or the image would be a whisper
     return perturb(net, seed)
 
 
@@ -244,6 +247,16 @@ def adapter(kind: str, factor: int, num_features: int) -> T2IAdapter:
     return perturb(net)
 
 
+def _perturbed_attention() -> dict[str, Case]:
+    plans = ("patch2", "patch3.columns")
+    name, with_net = "StableDiffusionXLPAGPipeline", "StableDiffusionXLControlNetPAGPipeline"
+    controlled = {"image": picture(seed=1), "controlnet_conditioning_scale": 0.7}
+    return {
+        name: replace(_class_case(name, "sdxl", SIZE), plans=plans),
+        with_net: replace(_class_case(with_net, "sdxl", controlled, controlnet=lambda: control("sdxl")), plans=plans),
+    }
+
+
 def _with_image_prompts() -> dict[str, Case]:
     embeds = noise(2, 1, 10, seed=7)
     tokens = noise(2, 1, 5, 10, seed=7)
@@ -271,5 +284,11 @@ def _with_image_prompts() -> dict[str, Case]:
     }
 
 
-PIPELINES = {**_text_to_image(), **_from_an_image(), **_with_controlnets(), **_with_adapters()}
+PIPELINES = {
+    **_text_to_image(),
+    **_from_an_image(),
+    **_with_controlnets(),
+    **_with_adapters(),
+    **_perturbed_attention(),
+}
 IMAGE_PROMPTS = _with_image_prompts()

@@ -36,7 +36,8 @@ _CONTAINERS = {
 }  # fmt: skip
 _PROCESSORS = {
     "AttnProcessor", "AttnProcessor2_0", "FusedAttnProcessor2_0", "IPAdapterAttnProcessor", "IPAdapterAttnProcessor2_0",
-    "SlicedAttnProcessor", "XFormersAttnProcessor",
+    "PAGCFGIdentitySelfAttnProcessor2_0", "PAGIdentitySelfAttnProcessor2_0", "SlicedAttnProcessor",
+    "XFormersAttnProcessor",
 }  # fmt: skip
 # FreeU (arXiv 2309.11497) scales the skip connections of the first two up blocks, each by a scale of its own.
 _FILTER_SCALES = ("s1", "s2")

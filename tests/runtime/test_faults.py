@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from distrifusion import load
-from distrifusion.errors import RankFailed, StepTimeout
+from distrifusion.errors import OutOfMemory, RankFailed, StepTimeout
 from distrifusion.runtime.spawned import SpawnedPipeline
 
 
@@ -31,7 +31,9 @@ def faulty(folder: Path, order: Path) -> Callable[[], Any]:
                 return
             match order.read_text():
                 case "raise":
-                    raise MemoryError("no room on this rank")
+                    raise LookupError("of this rank")
+                case "memory":
+                    torch.empty(1 << 60, dtype=torch.uint8)
                 case "kill":
                     os.kill(os.getpid(), signal.SIGKILL)
                 case "stop":
@@ -63,14 +65,15 @@ def pipe(sdxl_folder: Path, order: Path) -> Iterator[SpawnedPipeline]:
 @pytest.mark.parametrize(
     ("fault", "error", "says"),
     [
-        ("raise", RankFailed, "rank 1 failed in step 2: builtins.MemoryError: no room on this rank"),
+        ("raise", RankFailed, "rank 1 failed in step 2: builtins.LookupError: of this rank"),
+        ("memory", OutOfMemory, "rank 1 ran out of memory in step 2: .*half precision"),
         ("kill", RankFailed, "rank 1 was ended by SIGKILL in step 2"),
         ("stop", RankFailed, "rank 1 was stopped by a signal in step 2"),
         ("hang", StepTimeout, "no rank moved on for 10 s; rank . is last, in step 2"),
     ],
 )
 def test_one_rank_ends_the_call_and_not_the_pipeline(
-    pipe: SpawnedPipeline, order: Path, fault: str, error: type[RankFailed | StepTimeout], says: str
+    pipe: SpawnedPipeline, order: Path, fault: str, error: type[RankFailed | OutOfMemory | StepTimeout], says: str
 ) -> None:
     order.write_text(fault)
     with pytest.raises(error, match=says) as caught:

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 import distrifusion
+from distrifusion import load
+from distrifusion.runtime.spawned import SpawnedPipeline
 
 SOURCE = Path(distrifusion.__file__).parents[1]
 
@@ -124,6 +126,31 @@ def test_a_killed_parent_leaves_nobody_even_within_a_call(tmp_path: Path, sdxl_f
     process.kill()
     process.wait()
     assert gone_within(pids, 10)
+
+
+def command_of(pid: int) -> str:
+    return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+
+
+def test_ranks_are_forked_from_one_process_that_imported_once(shared_two: SpawnedPipeline) -> None:
+    shared_two("a", num_inference_steps=1)
+    commands = {command_of(pid) for pid in shared_two.pids}
+    assert len(commands) == 1 and "fork_server" in commands.pop()
+
+
+def test_ranks_import_for_themselves_where_libraries_start_threads(
+    tmp_path: Path, sdxl_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    thread = "import threading, time\nthreading.Thread(target=time.sleep, args=(1e6,), daemon=True).start()\n"
+    (tmp_path / "sitecustomize.py").write_text(thread)
+    monkeypatch.syspath_prepend(tmp_path)
+    with load(sdxl_folder, devices=2) as pipe:
+        assert isinstance(pipe, SpawnedPipeline)
+        pipe.set_progress_bar_config(disable=True)
+        assert all("runtime.worker" in command_of(pid) for pid in pipe.pids)
+        assert len(pipe("a", num_inference_steps=1).images) == 1
+        pids = pipe.pids
+    assert not any(map(is_alive, pids))
 
 
 @pytest.mark.supports("feature", "cancel() under torchrun")

@@ -1,4 +1,4 @@
-"""A few numbers in memory shared by the caller and its workers: the step every rank is in, and the end of a call.
+"""A few numbers in memory shared by the caller and its workers: where every rank is, and where a call ends.
 
 A number in shared memory costs a rank nothing to write and the caller nothing to read, where a message per step and
 rank would wake processes that are computing.
@@ -19,7 +19,7 @@ _BOUNDARY_BITS = 32
 
 
 class Board:
-    """Steps of all ranks, the last call that was cancelled, and the boundary at which the ranks leave it.
+    """Steps and exchanges of all ranks, the last call that was cancelled, and the boundary at which the ranks leave it.
 
     Args:
         fd: of the shared memory, which the board owns from here on.
@@ -28,27 +28,32 @@ class Board:
     def __init__(self, fd: int, num_ranks: int) -> None:
         self.fd = fd
         self.num_ranks = num_ranks
-        self._memory = mmap.mmap(fd, (num_ranks + 2) * _BYTES)
+        self._memory = mmap.mmap(fd, _size(num_ranks))
         self._cells = memoryview(self._memory).cast("q")
-        self._cancelled, self._end = num_ranks, num_ranks + 1
+        self._cancelled, self._end = 2 * num_ranks, 2 * num_ranks + 1
 
     @classmethod
     def create(cls, num_ranks: int) -> Board:
         """A new board in a file that has no name, so that nothing is left behind however the processes end."""
         with tempfile.TemporaryFile() as file:
-            file.truncate((num_ranks + 2) * _BYTES)
+            file.truncate(_size(num_ranks))
             board = cls(os.dup(file.fileno()), num_ranks)
         board.clear()
         return board
 
     def clear(self) -> None:
-        """No rank is in a loop."""
+        """No rank is in a loop, and none has exchanged anything."""
         for rank in range(self.num_ranks):
             self.write(rank, None)
+            self._cells[self.num_ranks + rank] = 0
 
     def write(self, rank: int, step: int | None) -> None:
         """Say that `rank` is now in `step`, or outside a loop."""
         self._cells[rank] = _OUTSIDE if step is None else step
+
+    def count(self, rank: int) -> None:
+        """Say that `rank` begins one more exchange with its peers."""
+        self._cells[self.num_ranks + rank] += 1
 
     def read(self) -> Sequence[int]:
         """A number per rank that changes when the rank moves on."""
@@ -58,6 +63,14 @@ class Board:
         """The step `rank` is in, or None outside a loop."""
         step = self._cells[rank]
         return None if step == _OUTSIDE else step
+
+    def num_exchanges(self, rank: int) -> int:
+        """Exchanges that `rank` has begun since it was started."""
+        return self._cells[self.num_ranks + rank]
+
+    def progress_of(self, rank: int) -> tuple[int, int, int]:
+        """Orders ranks by how far they have come."""
+        return (self._cells[rank], self.num_exchanges(rank), rank)
 
     def cancel(self, call: int) -> None:
         """Say that the caller wants `call` to end; from any thread and any signal handler."""
@@ -83,3 +96,7 @@ class Board:
             self._cells.release()
             self._memory.close()
             os.close(self.fd)
+
+
+def _size(num_ranks: int) -> int:
+    return (2 * num_ranks + 2) * _BYTES

@@ -18,6 +18,7 @@ from distrifusion.errors import ConfigError
 from distrifusion.plan import Plan
 from distrifusion.runtime import attributes, source
 from distrifusion.runtime.cancelling import Boundaries, OwnAgreement, StoreAgreement
+from distrifusion.runtime.faults import is_out_of_memory, out_of_memory
 from distrifusion.runtime.pipeline import LoadedPipeline, tensor_inputs
 from distrifusion.runtime.stepping import WatchedBars
 from distrifusion.runtime.timing import RunTimes, StepClock
@@ -52,8 +53,13 @@ class InProcessPipeline(LoadedPipeline):
         clock = StepClock(self._pipe.device)
         self._boundaries.begin(number)
         followed = _followed(type(self._pipe), arguments, clock, self._boundaries)
-        with _threads(self.threads):
-            output = self._pipe(**{**arguments, **followed})
+        try:
+            with _threads(self.threads):
+                output = self._pipe(**{**arguments, **followed})
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            raise out_of_memory(error, self.rank, self._boundaries.step) from error
         return output, clock.times()
 
     def _cancel(self, number: int) -> None:

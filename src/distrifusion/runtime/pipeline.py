@@ -65,7 +65,8 @@ class LoadedPipeline(ABC):
         Raises:
             ConfigError: if an argument is unknown or cannot work; the nearest that works is named.
             Cancelled: if `cancel` was called meanwhile.
-            RankFailed, StepTimeout: if a rank fails alone or stands still; the next call starts the ranks anew.
+            OutOfMemory: if a device has not enough; the ranks are started anew by the next call, as after
+            RankFailed, StepTimeout: if a rank fails alone or stands still.
             Whatever the pipeline itself raises on every rank alike.
         """
         with self._turn():

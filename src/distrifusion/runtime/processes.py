@@ -1,4 +1,4 @@
-"""The worker processes of one pipeline and what they share with the caller: lines, board, and a store to meet at."""
+"""The worker processes of one pipeline as the caller sees them: their lines, their ends, and a store to meet at."""
 
 from __future__ import annotations
 
@@ -7,28 +7,38 @@ import logging
 import os
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
-from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
 import torch.distributed as dist
 import transformers
 
+from distrifusion.errors import RankFailed, StepTimeout
 from distrifusion.plan import Plan
 from distrifusion.runtime.board import Board
+from distrifusion.runtime.fork_server import AskExit, EndRanks, StartRank
+from distrifusion.runtime.line import Line, PeerGone
 from distrifusion.runtime.source import Source
-from distrifusion.runtime.wire import Close, Line, PeerGone
+from distrifusion.runtime.wire import Close
 
-# Seconds that a worker gets to end by itself.
+# Seconds that a process may be stopped: Ctrl-Z stops and continues the caller and the workers one by one.
+GRACE_STOPPED = 3.0
+# Seconds that a process gets to end by itself, and between two looks at whether it has.
 _FAREWELL = 5.0
+_LOOK = 0.01
 # Seconds in which a killed process leaves its exit status.
 _TRACE = 0.5
+# Its orders are pickled by the names of their classes, which a module that is run as a program would not have.
+_SERVE = "from distrifusion.runtime.fork_server import main; main()"
+# Seconds in which the fork server, which has nothing else to do, kills the ranks.
+_OBEYS = 3.0
 
 
 @dataclass(frozen=True)
@@ -51,34 +61,110 @@ class Crew:
     start_timeout: float
 
 
+class RankStarter:
+    """The fork server of one pipeline (see `fork_server.py`); it outlives the ranks, so that a restart is quick."""
+
+    def __init__(self, crew: Crew, board: Board) -> None:
+        here, there = socket.socketpair()
+        numbers = {"line": there.fileno(), "board": board.fd, "num-ranks": board.num_ranks, "parent": os.getpid()}
+        with there:
+            self._process = subprocess.Popen(
+                [
+                    *(sys.executable, "-c", _SERVE, f"--imports={_imports(crew.source)}"),
+                    *(f"--{name}={number}" for name, number in numbers.items()),
+                ],
+                stdin=subprocess.DEVNULL,
+                pass_fds=(there.fileno(), board.fd),
+                env=_environment(crew.threads),
+            )
+        self._start_timeout = self._limit = crew.start_timeout
+        self._line = Line(here, self._check)
+
+    @property
+    def is_alive(self) -> bool:
+        """True while ranks can be started."""
+        return self._process.poll() is None
+
+    def start(self, rank: int) -> tuple[int, Line]:
+        """Start the process of a rank; returns its id and the line to it.
+
+        Raises:
+            RankFailed: if the fork server is gone.
+            StepTimeout: if it takes longer than `start_timeout` to import the libraries.
+        """
+        here, there = socket.socketpair()
+        # Rank 0 warns as the caller's process would; the others would only repeat it.
+        levels = _verbosity() if rank == 0 else dict.fromkeys(_verbosity(), logging.ERROR)
+        with there:
+            try:
+                pid = self._ask(StartRank(rank, levels, warns=rank == 0), self._start_timeout, there.fileno())
+            except PeerGone:
+                here.close()
+                ended = _ending(self._process.poll())
+                raise RankFailed(f"the process that starts the ranks {ended}", rank=rank) from None
+        return pid, Line(here)
+
+    def exit_of(self, pid: int) -> int | None:
+        """The exit status of a rank's process, None while it runs or when nobody knows."""
+        try:
+            return self._ask(AskExit(pid), _OBEYS)
+        except (PeerGone, StepTimeout):
+            return None
+
+    def end_ranks(self) -> None:
+        """End the ranks' processes at once."""
+        with suppress(PeerGone, StepTimeout):
+            self._ask(EndRanks(), _OBEYS)
+
+    def close(self) -> None:
+        """End the fork server; ranks that still run end with it."""
+        self._process.kill()
+        self._process.wait()
+        self._line.close()
+
+    def _ask(self, order: object, limit: float, fd: int | None = None) -> Any:
+        self._limit = limit
+        try:
+            self._line.send(order)
+            if fd is not None:
+                self._line.send_fd(fd)
+            return self._line.receive()
+        except StepTimeout:
+            # An answer that comes late would be taken for that to the next question.
+            self._process.kill()
+            raise
+
+    def _check(self, waited: float) -> None:
+        if not self.is_alive:
+            raise PeerGone("the fork server has ended")
+        if waited > self._limit:
+            raise StepTimeout(f"the process that starts the ranks gave no answer for {self._limit:g} s")
+
+
 @dataclass
 class Processes:
     """Running processes in rank order."""
 
-    board: Board
+    starter: RankStarter
     store: dist.TCPStore
+    step_timeout: float
     lines: list[Line] = field(default_factory=list)
-    processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
-    owner: int = field(default_factory=os.getpid)
+    pids: tuple[int, ...] = ()
 
     @classmethod
-    def start(cls, crew: Crew, board: Board) -> Processes:
+    def start(cls, crew: Crew, starter: RankStarter) -> Processes:
         """Start one process per rank of the crew."""
         limit = datetime.timedelta(seconds=crew.start_timeout)
         store = dist.TCPStore("127.0.0.1", 0, is_master=True, timeout=limit, wait_for_workers=False)
-        started = cls(board, store)
+        started = cls(starter, store, crew.step_timeout)
         try:
             for rank in range(len(crew.devices)):
-                started._spawn(crew, rank)
+                started._add(rank)
         except BaseException:
-            started.end()
+            for line in started.lines:
+                line.close()
             raise
         return started
-
-    @property
-    def pids(self) -> tuple[int, ...]:
-        """Process ids in rank order."""
-        return tuple(process.pid for process in self.processes)
 
     def tell(self, rank: int, message: object) -> bool:
         """Send a message to a rank; False if its process is gone or does not read."""
@@ -98,82 +184,79 @@ class Processes:
 
     def ending(self, rank: int) -> str:
         """How the process of a rank that is gone came to its end, in words."""
-        try:
-            code = self.processes[rank].wait(_TRACE)
-        except subprocess.TimeoutExpired:
-            return "does not answer any more"
-        return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"left with exit status {code}"
+        if self.is_stopped(rank):
+            return "was stopped by a signal"
+        return _ending(self._exit_within(rank, time.monotonic() + _TRACE))
 
     def end(self) -> None:
         """End all processes at once."""
         for line in self.lines:
             line.close()
-        for process in self.processes:
-            process.kill()
-        for process in self.processes:
-            process.wait()
+        self.starter.end_ranks()
 
     def close(self) -> None:
         """Let the processes end, and end those that do not within seconds."""
         for rank in range(len(self.lines)):
             self.tell(rank, Close())
         until = time.monotonic() + _FAREWELL
-        for process in self.processes:
-            try:
-                process.wait(max(0.0, until - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                break
+        for rank in range(len(self.lines)):
+            self._exit_within(rank, until)
         self.end()
 
-    def _spawn(self, crew: Crew, rank: int) -> None:
-        here, there = socket.socketpair()
-        self.lines.append(Line(Connection(here.detach())))
-        with there:
-            _limit_waits(self.lines[rank].fileno(), crew.step_timeout)
-            numbers = {
-                "rank": rank,
-                "world-size": len(crew.devices),
-                "connection": there.fileno(),
-                "board": self.board.fd,
-                "parent": self.owner,
-            }
-            process = subprocess.Popen(
-                [sys.executable, "-m", "distrifusion.runtime.worker", *(f"--{k}={v}" for k, v in numbers.items())],
-                stdin=subprocess.DEVNULL,
-                pass_fds=(there.fileno(), self.board.fd),
-                env=_environment(crew, rank),
-            )
-        self.processes.append(process)
+    def _add(self, rank: int) -> None:
+        pid, line = self.starter.start(rank)
+        self.pids = (*self.pids, pid)
+        self.lines.append(line)
+
+        def check(waited: float) -> None:
+            if waited > self.step_timeout or (waited > GRACE_STOPPED and self.is_stopped(rank)):
+                raise PeerGone(f"rank {rank} stopped within a message")
+
+        line.idle = check
+
+    def _exit_within(self, rank: int, until: float) -> int | None:
+        while (code := self.starter.exit_of(self.pids[rank])) is None and time.monotonic() < until:
+            time.sleep(_LOOK)
+        return code
 
 
-def _limit_waits(fd: int, seconds: float) -> None:
-    """A worker that stops within a message must not hold the caller for ever."""
-    limit = struct.pack("ll", int(min(seconds, 1e6)) + 1, 0)
-    with socket.socket(fileno=os.dup(fd)) as end:
-        for option in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
-            end.setsockopt(socket.SOL_SOCKET, option, limit)
+def _ending(code: int | None) -> str:
+    if code is None:
+        return "does not answer any more"
+    return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"left with exit status {code}"
 
 
-def _environment(crew: Crew, rank: int) -> dict[str, str]:
-    """The caller's environment, its import path, and what must stand before the libraries are imported.
+def _imports(source: Source) -> str:
+    """Modules for the fork server: all that ranks need, and the pipelines that the caller has imported."""
+    names = [name for name in sys.modules if name.startswith("diffusers.pipelines.")]
+    if source.facts is not None and source.facts.cls.__module__.startswith("diffusers."):
+        names.append(source.facts.cls.__module__)
+    return ",".join(["distrifusion.runtime.worker", *dict.fromkeys(names)])
 
-    Rank 0 warns as the caller's process would; the others would only repeat it.
-    """
-    levels = {
+
+def _verbosity() -> dict[str, int]:
+    """Levels of the libraries' loggers, by the environment variable that they are read from."""
+    return {
         "DIFFUSERS_VERBOSITY": diffusers.utils.logging.get_verbosity(),
         "TRANSFORMERS_VERBOSITY": transformers.utils.logging.get_verbosity(),
     }
-    first = rank == 0
+
+
+def _environment(threads: int) -> dict[str, str]:
+    """The caller's environment, its import path, and what must stand before the libraries are imported."""
     package = str(Path(__file__).resolve().parents[2])
     paths = [package, *(os.path.abspath(path) for path in sys.path if path != package)]
     return {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(paths),
         "PYTHONSAFEPATH": "1",
-        "OMP_NUM_THREADS": str(crew.threads),
-        "MKL_NUM_THREADS": str(crew.threads),
-        **{name: logging.getLevelName(level if first else logging.ERROR).lower() for name, level in levels.items()},
-        **({} if first else {"PYTHONWARNINGS": "ignore"}),
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
+        # Numpy's and scipy's linear algebra would start threads on import, and a fork leaves threads behind.
+        "OPENBLAS_NUM_THREADS": "1",
+        # Asking the driver itself whether there is a GPU would forbid its use after a fork.
+        "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
+        **{name: logging.getLevelName(level).lower() for name, level in _verbosity().items()},
         # All ranks are on this machine, whatever its name resolves to.
         "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo",
     }

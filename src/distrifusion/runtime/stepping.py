@@ -11,6 +11,7 @@ import torch
 
 from distrifusion.runtime import randomness
 from distrifusion.runtime.cancelling import Boundaries
+from distrifusion.runtime.line import Line
 from distrifusion.runtime.timing import StepClock
 from distrifusion.runtime.wire import (
     BarClosed,
@@ -18,7 +19,6 @@ from distrifusion.runtime.wire import (
     BarOpened,
     CallbackRaised,
     Generators,
-    Line,
     StepAnswer,
     StepEnded,
     pack,

@@ -1,8 +1,8 @@
 """What travels between the caller and its workers, and how tensors, generators and errors are packed.
 
-A message is pickled with cloudpickle (functions of a script or notebook travel by value) and sent over a socket pair.
-Three kinds of object get their own form: a CUDA tensor travels through host memory and arrives on the receiver's
-device, a view travels without the storage around it, and a `torch.Generator` travels as its state.
+A payload is pickled with cloudpickle (functions of a script or notebook travel by value). Three kinds of object get
+their own form: a CUDA tensor travels through host memory and arrives on the receiver's device, a view travels without
+the storage around it, and a `torch.Generator` travels as its state.
 """
 
 from __future__ import annotations
@@ -11,13 +11,12 @@ import io
 import pickle
 import traceback
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
 from typing import Any
 
 import cloudpickle
 import torch
 
-from distrifusion.errors import ConfigError, DistrifusionError
+from distrifusion.errors import ConfigError, DistrifusionError, OutOfMemory
 
 Generators = dict[int, torch.Generator]
 
@@ -119,6 +118,11 @@ class Failure:
         """True if both ranks raised the same thing."""
         return (self.kind, self.message) == (other.kind, other.message)
 
+    @property
+    def is_out_of_memory(self) -> bool:
+        """True if the rank's memory ran out."""
+        return self.kind == f"{OutOfMemory.__module__}.{OutOfMemory.__qualname__}"
+
     def error(self) -> BaseException:
         """The error to raise in the caller."""
         error = DistrifusionError(f"{self.kind}: {self.message}") if self.packed is None else pickle.loads(self.packed)
@@ -211,36 +215,3 @@ def unpack(data: bytes, device: torch.device) -> tuple[Any, Generators]:
     """Unpack a value; tensors that were on an accelerator arrive on `device`. Also returns its generators by key."""
     unpacker = _Unpacker(io.BytesIO(data), device)
     return unpacker.load(), unpacker.generators
-
-
-class PeerGone(BaseException):
-    """The other side of a line is gone; no error of a pipeline, so that none of its handlers takes it."""
-
-
-class Line:
-    """One end of the line between the caller and a worker."""
-
-    def __init__(self, connection: Connection) -> None:
-        self.connection = connection
-
-    def send(self, message: object) -> None:
-        """Send one message. Raises PeerGone if the other side is gone or does not read within the socket's limit."""
-        try:
-            self.connection.send_bytes(pickle.dumps(message))
-        except OSError as error:
-            raise PeerGone(str(error)) from error
-
-    def receive(self) -> Any:
-        """Wait for one message. Raises PeerGone if the other side is gone or stops within a message."""
-        try:
-            return pickle.loads(self.connection.recv_bytes())
-        except (EOFError, OSError) as error:
-            raise PeerGone(str(error)) from error
-
-    def fileno(self) -> int:
-        """For `multiprocessing.connection.wait`."""
-        return self.connection.fileno()
-
-    def close(self) -> None:
-        """Close this end; the worker on the other ends."""
-        self.connection.close()

@@ -1,20 +1,22 @@
-"""One rank in a process of its own: started by `workers.py`, it serves requests until the caller goes away."""
+"""One rank in a process of its own: it serves requests until the caller goes away."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import copy
+import ctypes
 import datetime
 import inspect
 import os
 import signal
+import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping
 from functools import partial
-from multiprocessing.connection import Connection
 from typing import Any
 
 import diffusers
@@ -26,6 +28,10 @@ from distrifusion.in_place import parallelize
 from distrifusion.runtime import attributes, randomness
 from distrifusion.runtime.board import Board
 from distrifusion.runtime.cancelling import BoardAgreement, Boundaries
+from distrifusion.runtime.counting import CountedTransport
+from distrifusion.runtime.faults import is_out_of_memory, out_of_memory
+from distrifusion.runtime.fork_server import exit_after
+from distrifusion.runtime.line import Line, PeerGone
 from distrifusion.runtime.operations import (
     Call,
     CallResult,
@@ -45,8 +51,6 @@ from distrifusion.runtime.wire import (
     Close,
     Failure,
     Generators,
-    Line,
-    PeerGone,
     Reply,
     Request,
     StepAnswer,
@@ -56,6 +60,7 @@ from distrifusion.runtime.wire import (
 
 # Seconds between two looks at whether the caller is still there.
 _LOOK = 0.5
+_PR_SET_PDEATHSIG = 1
 
 
 class Worker:
@@ -84,7 +89,7 @@ class Worker:
                     return
                 case Request() as request:
                     self._answer(request)
-                    self.board.write(self.rank, None)
+                    self.boundaries.loop_ends()
                 case StepAnswer():
                     # Of a call that has failed here while the caller's callback ran.
                     continue
@@ -107,10 +112,16 @@ class Worker:
             value = self._operations[type(operation)](operation, request.id, generators)
             reply = Reply(request.id, pack(value)[0])
         except Exception as error:
-            step = self.board.step_of(self.rank)
             states = randomness.capture(self.device, generators)
-            reply = Reply(request.id, failure=Failure.of(error, step, pack(states)[0]))
+            reply = Reply(request.id, failure=Failure.of(self._typed(error), self.boundaries.step, pack(states)[0]))
         self.line.send(reply)
+
+    def _typed(self, error: Exception) -> Exception:
+        if not is_out_of_memory(error):
+            return error
+        typed = out_of_memory(error, self.rank, self.boundaries.step)
+        typed.__cause__ = error
+        return typed
 
     def _open(self, op: Open, request: int, generators: Generators) -> PipelineFacts:
         self.device = torch.device(op.device)
@@ -127,7 +138,7 @@ class Worker:
         pipe = op.source.open(self.device)
         # Before parallelize gives it a class of its own, which the caller could not import.
         facts = facts_of(pipe)
-        self.pipe = parallelize(pipe, op.plan)
+        self.pipe = parallelize(pipe, op.plan, CountedTransport(partial(self.board.count, self.rank)))
         self.pipe.progress_bar = WatchedBars(partial(RelayedBar, self.line, self.rank), self.boundaries)
         return facts
 
@@ -187,30 +198,51 @@ def _plain(scheduler: Any) -> Any:
     return plain
 
 
+def set_loudness(verbosity: Mapping[str, int], warns: bool) -> None:
+    """What a rank forked from a process with the libraries imported says; others read it from their environment."""
+    diffusers.utils.logging.set_verbosity(verbosity["DIFFUSERS_VERBOSITY"])
+    transformers.utils.logging.set_verbosity(verbosity["TRANSFORMERS_VERBOSITY"])
+    if not warns:
+        warnings.simplefilter("ignore")
+
+
+def run(rank: int, line: int, board: int, num_ranks: int, parent: int) -> None:
+    """Serve one rank until the caller or this process's parent is gone.
+
+    Args:
+        line: file descriptor of this end of the line to the caller.
+        board: file descriptor of the board.
+        parent: process id of the fork server.
+    """
+    _end_with(parent)
+    worker = Worker(rank, Line(socket.socket(fileno=line)), Board(board, num_ranks))
+    with contextlib.suppress(PeerGone):  # nobody is there to be told
+        worker.serve()
+
+
+def _end_with(parent: int) -> None:
+    """Let this process end when its parent does, whatever it is doing then, stopped included where the system can."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(1)
+    else:
+        threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
+
+
 def _leave_with(parent: int) -> None:
-    """End this process when its parent is gone, whatever it is doing; the pipe's end alone is seen only when idle."""
     while os.getppid() == parent:
         time.sleep(_LOOK)
     os._exit(1)
 
 
 def main() -> None:
-    """Serve one rank; see `workers.py` for who calls this."""
+    """Serve one rank in a process that imported for itself; see `fork_server.py` for who calls this."""
     parser = argparse.ArgumentParser(prog="distrifusion.runtime.worker", description=main.__doc__)
-    for name in ("rank", "world-size", "connection", "board", "parent"):
+    for name in ("rank", "line", "board", "num-ranks", "parent"):
         parser.add_argument(f"--{name}", type=int, required=True)
     args = parser.parse_args()
-    # Ctrl-C reaches the whole terminal group: it is the caller who decides what becomes of the workers.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_leave_with, args=(args.parent,), daemon=True).start()
-    os.set_inheritable(args.connection, False)
-    worker = Worker(args.rank, Line(Connection(args.connection)), Board(args.board, args.world_size))
-    with contextlib.suppress(PeerGone):  # nobody is there to be told
-        worker.serve()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # The threads of a process group can hold up an ordinary exit when a peer left first; nothing is left to save.
-    os._exit(0)
+    exit_after(partial(run, args.rank, args.line, args.board, args.num_ranks, args.parent))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -15,10 +16,12 @@ import transformers
 
 from distrifusion.errors import RankFailed, StepTimeout
 from distrifusion.runtime.board import Board
+from distrifusion.runtime.faults import where
+from distrifusion.runtime.line import PeerGone
 from distrifusion.runtime.operations import Open
-from distrifusion.runtime.processes import Crew, Processes
+from distrifusion.runtime.processes import GRACE_STOPPED, Crew, Processes, RankStarter
 from distrifusion.runtime.source import PipelineFacts
-from distrifusion.runtime.wire import Failure, PeerGone, Reply, Request, StepAnswer, pack, unpack
+from distrifusion.runtime.wire import Failure, Reply, Request, StepAnswer, pack, unpack
 
 # Seconds between two looks at the board and the processes while ranks compute.
 _LOOK = 0.25
@@ -28,8 +31,6 @@ _GRACE = 3.0
 _GRACE_OUTSIDE = 15.0
 # Seconds after a process has gone; its peers' errors are only consequences.
 _GRACE_GONE = 0.5
-# Seconds that a process may be stopped: Ctrl-Z stops and continues the caller and the workers one by one.
-_GRACE_STOPPED = 3.0
 
 OnEvent = Callable[[Any, int], None]
 
@@ -64,6 +65,8 @@ class Workers:
         self.crew = crew
         self.board = Board.create(len(crew.devices))
         self.facts: PipelineFacts | None = None
+        self._owner = os.getpid()
+        self._starter: RankStarter | None = None
         self._started: Processes | None = None
         self._requests = 0
         self._early: dict[int, dict[int, Reply]] = {}
@@ -82,20 +85,22 @@ class Workers:
         """Start the processes and open the pipeline in each.
 
         Raises:
-            RankFailed, StepTimeout: if a rank fails alone or `start_timeout` passes.
+            RankFailed, OutOfMemory, StepTimeout: if a rank fails alone or `start_timeout` passes.
             Whatever all ranks raise alike when they open the pipeline.
         """
-        self.board.clear()
-        self._started = Processes.start(self.crew, self.board)
         self._early = {}
+        self.board.clear()
+        if self._starter is None or not self._starter.is_alive:
+            self._starter = RankStarter(self.crew, self.board)
         try:
+            self._started = Processes.start(self.crew, self._starter)
             opens = [self._open(rank, self._started.store.port) for rank in range(len(self.crew.devices))]
             self.facts = self.request(opens, self.crew.start_timeout)[0]
         except RaisedAlike as alike:
-            self.end()
+            self._dismiss()
             raise alike.failure.error() from alike.failure.cause()
         except BaseException:
-            self.end()
+            self._dismiss()
             raise
 
     def request(self, payloads: Sequence[bytes], limit: float, on_event: OnEvent | None = None) -> list[Any]:
@@ -108,7 +113,7 @@ class Workers:
 
         Raises:
             RaisedAlike: if all ranks asked raised the same error; the workers live on.
-            RankFailed, StepTimeout: otherwise; all workers are ended.
+            RankFailed, OutOfMemory, StepTimeout: otherwise; all workers are ended.
         """
         started = self._running()
         self._requests += 1
@@ -142,10 +147,20 @@ class Workers:
 
     def close(self) -> None:
         """Let the processes end; a forked copy of the caller, whose they are not, does nothing."""
+        if self._owner != os.getpid():
+            return
         started, self._started = self._started, None
-        if started is not None and started.owner == os.getpid():
+        if started is not None:
             started.close()
+        self._dismiss()
         self.board.close()
+
+    def _dismiss(self) -> None:
+        """End the ranks and what starts them."""
+        self.end()
+        starter, self._starter = self._starter, None
+        if starter is not None:
+            starter.close()
 
     def _open(self, rank: int, port: int) -> bytes:
         crew = self.crew
@@ -233,39 +248,41 @@ class Workers:
         started = self._running()
         stopped = [rank for rank in sorted(answers.waiting) if started.is_stopped(rank)]
         answers.stopped = (answers.stopped or time.monotonic()) if stopped else None
-        if _overdue(answers.stopped, _GRACE_STOPPED):
-            raise _failed(stopped[0], "was stopped by a signal", self.board.step_of(stopped[0]))
+        if _overdue(answers.stopped, GRACE_STOPPED):
+            raise self._failed(stopped[0], "was stopped by a signal")
 
     def _judge(self, answers: _Answers) -> None:
         """Raise if anything went wrong: who is gone first, then an error of all, then the first that failed."""
         started = self._running()
         if answers.gone:
             rank = answers.gone[0]
-            raise _failed(rank, started.ending(rank), self.board.step_of(rank))
+            raise self._failed(rank, started.ending(rank))
         if not answers.failures:
             return
+        if short := [failure for failure in answers.failures.values() if failure.is_out_of_memory]:
+            # Each may have stopped at another place, so what they sent each other is not in step any more.
+            raise short[0].error()
         rank, failure = next(iter(answers.failures.items()))
         alike = all(other.like(failure) for other in answers.failures.values())
         if alike and not answers.waiting and not answers.values:
             raise RaisedAlike(failure)
-        where, what = _where(failure.step), f"{failure.kind}: {failure.message}"
-        raise RankFailed(f"rank {rank} failed {where}: {what}", rank=rank, step=failure.step) from failure.error()
+        what = f"rank {rank} failed {where(failure.step)}: {failure.kind}: {failure.message}"
+        raise RankFailed(what, rank=rank, step=failure.step) from failure.error()
 
     def _timed_out(self, answers: _Answers, limit: float) -> StepTimeout:
-        steps = self.board.read()
-        rank = min(answers.waiting, key=lambda waiting: (steps[waiting], waiting))
-        where = _where(self.board.step_of(rank))
-        return StepTimeout(
-            f"no rank moved on for {limit:g} s; rank {rank} is last, {where}", rank=rank, step=self.board.step_of(rank)
-        )
+        rank = min(answers.waiting, key=self.board.progress_of)
+        what = f"no rank moved on for {limit:g} s; rank {rank} is last, {self._place(rank)}"
+        return StepTimeout(what, rank=rank, step=self.board.step_of(rank))
 
+    def _failed(self, rank: int, how: str) -> RankFailed:
+        what = f"the process of rank {rank} {how} {self._place(rank)}"
+        if signal.SIGKILL.name in how:
+            what += "; the system ends processes in this way when memory runs out, see its log"
+        return RankFailed(what, rank=rank, step=self.board.step_of(rank))
 
-def _failed(rank: int, how: str, step: int | None) -> RankFailed:
-    return RankFailed(f"the process of rank {rank} {how} {_where(step)}", rank=rank, step=step)
-
-
-def _where(step: int | None) -> str:
-    return "outside the denoising loop" if step is None else f"in step {step}"
+    def _place(self, rank: int) -> str:
+        step = self.board.step_of(rank)
+        return where(step) if step is None else f"{where(step)}, after exchange {self.board.num_exchanges(rank)}"
 
 
 def _overdue(since: float | None, limit: float) -> bool:

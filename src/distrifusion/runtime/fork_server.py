@@ -1,0 +1,172 @@
+"""The process that starts the ranks of one pipeline: it imports the libraries once and forks a rank when it is asked.
+
+Importing torch and diffusers takes seconds and a few hundred megabytes, which ranks forked here share. A fork takes
+only the thread that calls it along, so this process never has a second one and never touches an accelerator; where
+libraries start threads on import, or off Linux, ranks are programs of their own that import for themselves.
+
+It ends with the caller, and its ranks end with it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import importlib
+import logging
+import os
+import signal
+import socket
+import sys
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import NoReturn
+
+from distrifusion.runtime.line import Line, PeerGone
+
+
+@dataclass(frozen=True)
+class StartRank:
+    """Start a process for a rank; its end of the line follows as a file descriptor. Answer: the process id.
+
+    Attributes:
+        verbosity: levels of the libraries' loggers, by the environment variable that they are read from.
+        warns: Python's warnings are shown.
+    """
+
+    rank: int
+    verbosity: dict[str, int]
+    warns: bool
+
+
+@dataclass(frozen=True)
+class AskExit:
+    """Answer: the exit status of a rank's process, negative if a signal ended it; None while it runs."""
+
+    pid: int
+
+
+class EndRanks:
+    """End the processes of all ranks at once. Answer: None, when they are gone."""
+
+
+@dataclass
+class ForkServer:
+    """The ranks' processes that run, and the exit status of those that have ended."""
+
+    line: Line
+    board: int
+    num_ranks: int
+    parent: int
+    running: set[int] = field(default_factory=set)
+    exits: dict[int, int] = field(default_factory=dict)
+
+    def serve(self) -> None:
+        """Do what the caller asks until it is gone."""
+        while True:
+            match self.line.receive():
+                case StartRank() as order:
+                    fd = self.line.receive_fd()
+                    pid = self._fork(order, fd) if _may_fork() else self._spawn(order, fd)
+                    os.close(fd)
+                    self.running.add(pid)
+                    self.line.send(pid)
+                case AskExit(pid):
+                    self._reap(pid, os.WNOHANG)
+                    self.line.send(self.exits.get(pid))
+                case EndRanks():
+                    self.end_ranks()
+                    self.line.send(None)
+                case order:
+                    raise AssertionError(f"no order of the caller: {order!r}")
+
+    def check_caller(self, _: float) -> None:
+        """Raise PeerGone if the caller is gone; a copy of it may hold the line open."""
+        if os.getppid() != self.parent:
+            raise PeerGone("the caller is gone")
+
+    def end_ranks(self) -> None:
+        """Kill what runs."""
+        for pid in self.running:
+            os.kill(pid, signal.SIGKILL)
+        for pid in list(self.running):
+            self._reap(pid, 0)
+
+    def _reap(self, pid: int, options: int) -> None:
+        if pid in self.running:
+            ended, status = os.waitpid(pid, options)
+            if ended:
+                self.running.discard(pid)
+                self.exits[pid] = os.waitstatus_to_exitcode(status)
+
+    def _fork(self, order: StartRank, fd: int) -> int:
+        server = os.getpid()
+        pid = os.fork()
+        if pid == 0:
+            # Nothing of this copy may get back into the server's loop.
+            exit_after(lambda: self._become_rank(order, fd, server))
+        return pid
+
+    def _become_rank(self, order: StartRank, fd: int, server: int) -> None:
+        from distrifusion.runtime import worker
+
+        self.line.close()
+        worker.set_loudness(order.verbosity, order.warns)
+        worker.run(order.rank, fd, self.board, self.num_ranks, server)
+
+    def _spawn(self, order: StartRank, fd: int) -> int:
+        numbers = {
+            "rank": order.rank,
+            "line": fd,
+            "board": self.board,
+            "num-ranks": self.num_ranks,
+            "parent": os.getpid(),
+        }
+        command = [sys.executable, "-m", "distrifusion.runtime.worker", *(f"--{k}={v}" for k, v in numbers.items())]
+        os.set_inheritable(fd, True)
+        os.set_inheritable(self.board, True)
+        levels = {name: logging.getLevelName(level).lower() for name, level in order.verbosity.items()}
+        warnings = {} if order.warns else {"PYTHONWARNINGS": "ignore"}
+        return os.posix_spawn(sys.executable, command, {**os.environ, **levels, **warnings})
+
+
+def _may_fork() -> bool:
+    """True on Linux in a process of one thread."""
+    return sys.platform == "linux" and len(os.listdir("/proc/self/task")) == 1
+
+
+def exit_after(work: Callable[[], None]) -> NoReturn:
+    """Do the work of a process and end it, whatever the work comes to."""
+    status = 1
+    try:
+        work()
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        with suppress(OSError, ValueError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        # The threads of a process group can hold up an ordinary exit when a peer left first; nothing is left to save.
+        os._exit(status)
+
+
+def main() -> None:
+    """Import, then serve; see `processes.py` for who calls this."""
+    # Ctrl-C reaches the whole terminal group: it is the caller who decides what becomes of the ranks.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parser = argparse.ArgumentParser(prog="distrifusion.runtime.fork_server", description=main.__doc__)
+    for name in ("line", "board", "num-ranks", "parent"):
+        parser.add_argument(f"--{name}", type=int, required=True)
+    parser.add_argument("--imports", required=True)
+    args = parser.parse_args()
+    for name in args.imports.split(","):
+        with suppress(ImportError):  # a rank that needs it says so
+            importlib.import_module(name)
+    gc.freeze()
+    server = ForkServer(Line(socket.socket(fileno=args.line)), args.board, args.num_ranks, args.parent)
+    server.line.idle = server.check_caller
+    with suppress(PeerGone):
+        server.serve()
+    server.end_ranks()

@@ -1,0 +1,87 @@
+"""The line between two processes of a pipeline: whole messages over a socket pair, and waits that can be ended."""
+
+from __future__ import annotations
+
+import pickle
+import select
+import socket
+import struct
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+# Seconds between two looks at what may end a wait.
+_LOOK = 0.25
+_LENGTH = struct.Struct("!Q")
+
+
+class PeerGone(BaseException):
+    """The other side of a line is gone; no error of a pipeline, so that none of its handlers takes it."""
+
+
+class Line:
+    """One end of a line.
+
+    Attributes:
+        idle: called with the seconds waited whenever nothing has moved for a moment; it may end the wait by PeerGone.
+    """
+
+    def __init__(self, end: socket.socket, idle: Callable[[float], None] | None = None) -> None:
+        end.setblocking(False)
+        self._end = end
+        self.idle = idle
+
+    def send(self, message: object) -> None:
+        """Send one message. Raises PeerGone if the other side is gone, or `idle` says so while it does not read."""
+        data = pickle.dumps(message)
+        for part in (_LENGTH.pack(len(data)), data):
+            rest = memoryview(part)
+            while rest:
+                rest = rest[self._move(select.POLLOUT, partial(self._end.send, rest)) :]
+
+    def receive(self) -> Any:
+        """Wait for one message. Raises PeerGone if the other side is gone, or `idle` says so while nothing comes."""
+        (length,) = _LENGTH.unpack(self._read(_LENGTH.size))
+        return pickle.loads(self._read(length))
+
+    def send_fd(self, fd: int) -> None:
+        """Send a file descriptor; the other side asks for it after the message that announces it."""
+        self._move(select.POLLOUT, partial(socket.send_fds, self._end, [b"f"], [fd]))
+
+    def receive_fd(self) -> int:
+        """Take the file descriptor that follows."""
+        _, fds, _, _ = self._move(select.POLLIN, partial(socket.recv_fds, self._end, 1, 1))
+        if not fds:
+            raise PeerGone("the other side left before it sent its file descriptor")
+        return fds[0]
+
+    def fileno(self) -> int:
+        """For `multiprocessing.connection.wait`."""
+        return self._end.fileno()
+
+    def close(self) -> None:
+        """Close this end; the process at the other ends."""
+        self._end.close()
+
+    def _read(self, length: int) -> bytearray:
+        data = bytearray(length)
+        rest = memoryview(data)
+        while rest:
+            moved = self._move(select.POLLIN, partial(self._end.recv_into, rest))
+            if moved == 0:
+                raise PeerGone("the other side has closed the line")
+            rest = rest[moved:]
+        return data
+
+    def _move(self, event: int, transfer: Callable[[], Any]) -> Any:
+        try:
+            poller = select.poll()
+            poller.register(self._end, event)
+            waited = 0.0
+            while not poller.poll(_LOOK * 1000):
+                waited += _LOOK
+                if self.idle is not None:
+                    self.idle(waited)
+            return transfer()
+        except (OSError, ValueError) as error:
+            raise PeerGone(str(error)) from error

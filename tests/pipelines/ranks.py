@@ -1,4 +1,4 @@
-"""A pipeline on virtual ranks: every rank has modules of its own that share the weights of one."""
+"""A pipeline on virtual ranks, each with a copy of its own."""
 
 from __future__ import annotations
 
@@ -45,13 +45,9 @@ class Ranks:
 
 
 def own_copy(pipe: DiffusionPipeline) -> Any:
-    """A pipeline with modules, tokenizers and a scheduler of its own, and the same weights."""
-    memo: dict[int, Any] = {}
-    for part in pipe.components.values():
-        if isinstance(part, torch.nn.Module):
-            memo |= {id(t): t for t in (*part.parameters(), *part.buffers())}
+    """A pipeline with components of its own: tokenizers are not for threads, and adapters may change weights."""
     config = {name: value for name, value in pipe.config.items() if name in pipe._get_signature_keys(pipe)[1]}
-    parts = {name: copy.deepcopy(part, memo) for name, part in pipe.components.items()}
+    parts = {name: copy.deepcopy(part) for name, part in pipe.components.items()}
     copied = type(pipe)(**parts, **config)
     copied.set_progress_bar_config(disable=True)
     return copied

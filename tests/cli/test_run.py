@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import json
 import re
 import subprocess
 import sys
@@ -10,33 +10,14 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from typer.testing import CliRunner, Result
+from shell import finish, run
 
 import distrifusion
-from distrifusion.cli import app
-from runtime.tiny import write_sdxl
-
-SOURCE = Path(distrifusion.__file__).parents[1]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_sdxl(tmp_path_factory.mktemp("cli"))
-
-
-def run(*words: object) -> Result:
-    return CliRunner().invoke(app, [str(word) for word in words])
 
 
 def test_two_devices_compared_with_one(folder: Path, tmp_path: Path) -> None:
     words = ["run", folder, "--prompt=a lake", "--devices=2", "--steps=3", "--size=72x64", "--seed=7", "--compare"]
-    done = subprocess.run(
-        [sys.executable, "-m", "distrifusion", *words, "--guidance=3", "--scheduler=euler", "-o", tmp_path / "a.png"],
-        env={**os.environ, "PYTHONPATH": str(SOURCE)},
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
+    done = finish(*words, "--guidance=3", "--scheduler=euler", "-o", tmp_path / "a.png")
     assert done.returncode == 0, done.stderr
     first, second = done.stdout.strip().splitlines()
     assert re.match(
@@ -56,6 +37,14 @@ def test_one_device_in_this_process(folder: Path, tmp_path: Path) -> None:
     assert done.exit_code == 0, done.stderr
     assert re.match(r"patch1 on 1 CPU process: .* seed \d+, picture in .*one\.jpg\n$", done.stdout)
     assert Image.open(out).size == (64, 64)
+
+
+def test_the_answer_as_json(folder: Path, tmp_path: Path) -> None:
+    done = run("run", folder, "-p", "a", "--steps", "2", "--seed", "7", "-o", tmp_path / "a.png", "--format", "json")
+    assert done.exit_code == 0, done.stderr
+    answer = json.loads(done.stdout)
+    assert answer["plan"] == "patch1" and answer["seed"] == 7 and answer["picture"] == str(tmp_path / "a.png")
+    assert 0 < answer["seconds_per_step"] < answer["seconds"] and "compared" not in answer
 
 
 @pytest.mark.parametrize(
@@ -97,10 +86,22 @@ def test_bad_options(folder: Path, words: list[str]) -> None:
     assert done.exit_code == 2 and "Traceback" not in done.stderr
 
 
-def test_help_and_version() -> None:
+def test_help() -> None:
     assert "run" in run().stdout + run().stderr
     shown = run("run", "--help")
     assert shown.exit_code == 0
     for option in ("--prompt", "--devices", "--plan", "--size", "--steps", "--seed", "--compare"):
         assert option in shown.stdout
+
+
+@pytest.mark.parametrize("command", ["run", "verify", "doctor", "models"])
+def test_help_does_not_wait_for_torch(command: str) -> None:
+    script = f"import sys; from distrifusion.cli import app; app(['{command}', '-h'], standalone_mode=False); "
+    script += "assert 'torch' not in sys.modules and 'diffusers' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "Usage" in done.stdout
+
+
+def test_version() -> None:
     assert run("--version").stdout == f"distrifusion {distrifusion.__version__}\n"

@@ -40,8 +40,21 @@ def test_clip_scores_from_a_folder(clip_folder: Path) -> None:
     assert 0.01 < abs(loss) < 200
 
 
+def not_installed(name: str) -> None:
+    raise ModuleNotFoundError(name)
+
+
+def test_a_package_that_does_not_load_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(name: str) -> None:
+        raise RuntimeError(f"operator {name}::nms does not exist")
+
+    monkeypatch.setattr(networks, "import_module", broken)
+    with pytest.raises(Missing, match=r"torchvision is broken, reinstall it .*: operator torchvision::nms"):
+        Lpips()
+
+
 def test_what_is_missing_is_skipped_with_a_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(networks, "find_spec", lambda name: None)
+    monkeypatch.setattr(networks, "import_module", not_installed)
     found = Networks.found(clip=str(tmp_path / "no-clip"))
     assert found.found_here == [] and set(found.skipped) == {"lpips", "fid", "clip_loss"}
     assert "pip install 'distrifusion[metrics]'" in found.skipped["lpips"]
@@ -54,7 +67,7 @@ def test_what_is_missing_is_skipped_with_a_reason(monkeypatch: pytest.MonkeyPatc
 def test_missing_weights_are_not_fetched(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, network: type, file: str
 ) -> None:
-    monkeypatch.setattr(networks, "find_spec", lambda name: object())
+    monkeypatch.setattr(networks, "import_module", lambda name: None)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     with pytest.raises(Missing, match=rf"{file}.* belongs into {tmp_path}/checkpoints"):
         network()

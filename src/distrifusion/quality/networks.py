@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from importlib.util import find_spec
+from importlib import import_module
 from pathlib import Path
 from typing import Protocol, Self
 
@@ -74,7 +74,7 @@ class Fid:
         return {}
 
     def together(self) -> dict[str, float]:
-        return {"fid": float(self._net.compute())} if self._pairs > 1 else {}
+        return {"fid": max(0.0, float(self._net.compute()))} if self._pairs > 1 else {}
 
 
 class Clip:
@@ -160,8 +160,14 @@ def _tensor(picture: Image.Image) -> torch.Tensor:
 
 
 def _need_package(name: str) -> None:
-    if find_spec(name) is None:
-        raise Missing(f"the package {name.replace('_', '-')} is not installed: pip install 'distrifusion[metrics]'")
+    what = f"the package {name.replace('_', '-')}"
+    try:
+        import_module(name)
+    except ModuleNotFoundError as error:
+        raise Missing(f"{what} is not installed: pip install 'distrifusion[metrics]'") from error
+    # A torchvision for another torch fails with whatever the loader meets first.
+    except (ImportError, OSError, RuntimeError) as error:
+        raise Missing(f"{what} is broken, reinstall it for this torch: {error}") from error
 
 
 def _need_weights(file: str, what: str) -> Path:

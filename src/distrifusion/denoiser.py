@@ -13,13 +13,13 @@ from torch import nn
 
 from distrifusion.anatomy import anatomy_of
 from distrifusion.anatomy.base import FilterSite, StackSite
-from distrifusion.errors import ConfigError
-from distrifusion.exchange.pool import Pool
+from distrifusion.errors import ConfigError, PlanError
+from distrifusion.exchange.pool import CallState, Pool
 from distrifusion.exchange.transport import Transport
 from distrifusion.exchange.verbs import CallPolicy, Exchange
 from distrifusion.mesh import CallLayout, RankGrid
 from distrifusion.partition import Interval, Level, partition_levels
-from distrifusion.plan import Plan, Split
+from distrifusion.plan import Norms, Plan, SiteKind, Split
 from distrifusion.strategies.attach import Attachment
 from distrifusion.strategies.conv_stack import ConvStackStrategy
 from distrifusion.strategies.patch import PatchStep, PatchStrategy
@@ -65,9 +65,9 @@ class ParallelDenoiser:
         self.slot: Hashable = 0
         self._anatomy = anatomy_of(model)
         self._grid = RankGrid(plan, transport.rank)
-        self._patch = PatchStrategy(self.exchange, plan.split)
-        self._stack = ConvStackStrategy(self._patch, plan.split)
-        self._skip_filter = SkipFilterStrategy(self.exchange, self._patch, plan.split)
+        self._patch = PatchStrategy(self.exchange, plan.norms)
+        self._stack = ConvStackStrategy(self._patch)
+        self._skip_filter = SkipFilterStrategy(self.exchange, self._patch)
         self.needs_request = False
         self.holders: weakref.WeakSet[Any] = weakref.WeakSet()
         self._root = Attachment()
@@ -93,6 +93,8 @@ class ParallelDenoiser:
 
     def _attach_layers(self) -> None:
         sites = [site.under(self.prefix) for site in self._anatomy.sites(self.model)]
+        if self.plan.naive and any(isinstance(site, StackSite) for site in sites):
+            raise PlanError(f"plan '{self.plan}': naive bands have no part of a control image; use another policy")
         self._layers.detach()
         self._modules = tuple(self.model.modules())
         self._patch.attach([s for s in sites if not isinstance(s, StackSite | FilterSite)], self._layers)
@@ -157,16 +159,25 @@ class ParallelDenoiser:
         call = self._anatomy.bind(forward, args, kwargs)
         num_rows, _, height, width = call.sample.shape
         layout = self._grid.layout(num_rows)
+        state = self._state(call.sample)
+        policy, past_warmup = self._policy(layout, state)
+        split = self.plan.split_of(state.calls if state else 0)
         num_levels = self._anatomy.num_levels(self.model)
-        levels = partition_levels(height, width, num_levels, len(layout.team), self.plan.split)
+        levels = partition_levels(height, width, num_levels, len(layout.team), split)
         take = partial(_take_rows, layout.batch[self.exchange.transport.rank], num_rows)
         sample = take(call.sample)
 
-        self._patch.begin(PatchStep(levels, layout.index, sample))
-        self.exchange.begin(self._policy(layout, call.sample))
+        separate = past_warmup and self.plan.norms is Norms.SEPARATE
+        self._patch.begin(PatchStep(levels, layout.index, sample, separate))
+        self.exchange.begin(policy)
         batched = _map(call.batched, take)
         spatial = _map(call.spatial, partial(self._own_part, take, num_rows))
-        result = forward(self._patch.cut(sample), **batched, **spatial, **{**call.rest, "return_dict": False})
+        own = self._patch.cut(sample)
+        if past_warmup and self.plan.naive:
+            if spatial and any(level.bands is None for level in levels):
+                raise PlanError(f"plan '{self.plan}': a picture this small has residuals that naive bands cannot share")
+            self._patch.begin(PatchStep(partition_levels(*own.shape[2:], num_levels, 1, split), 0, own))
+        result = forward(own, **batched, **spatial, **{**call.rest, "return_dict": False})
         tensors = self._anatomy.tensors(result)
         if not self._anatomy.stays_cut(call):
             exits = zip(tensors, self._anatomy.exits(self.model), strict=True)
@@ -189,15 +200,23 @@ class ParallelDenoiser:
             return x
         return take(x) if shape[1:] == (1, 1) else self._patch.cut(take(x))
 
-    def _policy(self, layout: CallLayout, sample: torch.Tensor) -> CallPolicy:
-        policy = CallPolicy(layout.team, layout.index)
-        if self.request is None or not self.plan.stale:
-            return policy
+    def _state(self, sample: torch.Tensor) -> CallState | None:
+        """What the request at hand keeps for this call of its scheduler step; None where nothing is kept."""
+        if self.request is None or self.plan.exact:
+            return None
         slot = (self.slot, tuple(sample.shape), sample.dtype)
         self.slot = self.slot + 1 if isinstance(self.slot, int) else self.slot
-        state = self.pool.state(self.request, slot)
-        stale = self.plan.stale if state.calls > self.plan.warmup else frozenset()
-        return replace(policy, keep=self.plan.stale, stale=stale, state=state)
+        return self.pool.state(self.request, slot)
+
+    def _policy(self, layout: CallLayout, state: CallState | None) -> tuple[CallPolicy, bool]:
+        """How values are exchanged in this call, and whether the synchronous calls of its request are over."""
+        policy = CallPolicy(layout.team, layout.index)
+        if state is None:
+            return policy, False
+        past_warmup = state.calls >= self.plan.num_synchronous
+        keep = self.plan.stale - {SiteKind.NORM} if self.plan.norms is Norms.SEPARATE else self.plan.stale
+        stale = keep if past_warmup else frozenset()
+        return replace(policy, keep=keep, stale=stale, state=state, frozen=self.plan.frozen), past_warmup
 
     def _join(self, own: torch.Tensor, layout: CallLayout, level: Level, num_rows: int) -> torch.Tensor:
         """The whole prediction from every rank's rows of the batch and band of the picture."""
@@ -206,7 +225,7 @@ class ParallelDenoiser:
             return own
         full = own.new_empty(num_rows, own.shape[1], level.height, level.width)
         blocks = {
-            r: self._block(full, rows, level.bands[band] if level.bands else Interval(0, level.size))
+            r: _block(full, rows, level, band)
             for r, (rows, band) in enumerate(zip(layout.batch, layout.band, strict=True))
         }
         shapes = {r: block.shape for r, block in blocks.items() if r != rank}
@@ -215,14 +234,16 @@ class ParallelDenoiser:
             block.copy_(own if r == rank else received[r])
         return full
 
-    def _block(self, full: torch.Tensor, rows: Interval, band: Interval) -> torch.Tensor:
-        dim = 2 if self.plan.split is Split.ROWS else 3
-        return full[rows.start : rows.stop].narrow(dim, band.start, len(band))
-
 
 def _take_rows(rows: Interval, num_rows: int, value: torch.Tensor) -> torch.Tensor:
     """Some rows of the batch only; a tensor without that many rows is the same for all."""
     return value[rows.start : rows.stop] if value.dim() and value.shape[0] == num_rows else value
+
+
+def _block(full: torch.Tensor, rows: Interval, level: Level, index: int) -> torch.Tensor:
+    """The place of some batch rows and one band in a tensor [B, C, H, W] of a level."""
+    band = level.bands[index] if level.bands else Interval(0, level.size)
+    return full[rows.start : rows.stop].narrow(2 if level.split is Split.ROWS else 3, band.start, len(band))
 
 
 def _map(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:

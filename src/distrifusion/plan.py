@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from distrifusion.errors import PlanError
@@ -23,6 +23,15 @@ class Split(StrEnum):
 
     ROWS = "rows"
     COLUMNS = "columns"
+    ALTERNATING = "alternating"  # rows and columns by turns; only for bands that exchange nothing
+
+
+class Norms(StrEnum):
+    """What a group norm takes for statistics while those of the other bands are old (DistriFusion, section 4.3)."""
+
+    CORRECTED = "correctednorm"  # the old whole plus the own change
+    STALE = "stalenorm"  # the others' old ones and the own fresh ones
+    SEPARATE = "separatenorm"  # the own ones alone
 
 
 ALL_KINDS = frozenset(SiteKind)
@@ -30,8 +39,8 @@ DEFAULT_WARMUP = 4
 
 _DEGREE = re.compile(r"(cfg|patch)(\d+)")
 _WARMUP = re.compile(r"w(\d+)")
-_POLICY_WORDS = ("sync", "displaced")
-_WORDS = ("cfg<N>", "patch<N>", *Split, *_POLICY_WORDS, *SiteKind, "all", "w<N>")
+_POLICY_WORDS = ("sync", "displaced", "frozen", "naive")
+_WORDS = ("cfg<N>", "patch<N>", *Split, *_POLICY_WORDS, *SiteKind, "all", *Norms, "w<N>")
 
 
 @dataclass(frozen=True)
@@ -41,6 +50,9 @@ class Plan:
     The text form joins words with dots: `cfg2.patch4.displaced.w4`. Words: `cfg<N>` and `patch<N>` (degrees), `rows`
     or `columns` (direction of the bands), `sync` or `displaced` (DistriFusion, arXiv 2402.19481), after `displaced`
     the kinds that may be stale (`kv`, `halo`, `norm`; `all`, the published form, if none is named), and `w<N>`.
+    For research: `frozen` in place of `displaced` (the others' values stay those of the last synchronous call), `naive`
+    (bands exchange nothing but the prediction; rows, columns or `alternating`), and after `displaced` or `frozen`
+    `stalenorm` or `separatenorm` (what norms do with old statistics).
 
     Attributes:
         cfg: ranks over which the branches of classifier-free guidance are spread; 1 or 2.
@@ -48,7 +60,11 @@ class Plan:
         split: direction of the cut.
         stale: kinds of site that use the last call's remote values; empty means synchronous and exact.
         warmup: denoiser calls after the first that stay synchronous; the first has nothing stale to use, so `w4`
-            means five synchronous calls, as in the paper. Without effect when `stale` is empty.
+            means five synchronous calls, as in the paper. Naive bands need no first call: there `w4` means four.
+            Without effect on an exact plan.
+        frozen: remote values of kinds in `stale` are never renewed after the warm-up.
+        naive: bands are pictures of their own after the warm-up.
+        norms: what norms do with stale statistics.
 
     Raises:
         PlanError: on a value out of range or without effect.
@@ -59,6 +75,9 @@ class Plan:
     split: Split = Split.ROWS
     stale: frozenset[SiteKind] = frozenset()
     warmup: int = DEFAULT_WARMUP
+    frozen: bool = False
+    naive: bool = False
+    norms: Norms = Norms.CORRECTED
 
     def __post_init__(self) -> None:
         if self.cfg not in (1, 2):
@@ -67,8 +86,16 @@ class Plan:
             raise PlanError(f"patch{self.patch}: the number of bands is at least 1; use patch1 for no split")
         if self.warmup < 0:
             raise PlanError(f"w{self.warmup}: the number of warm-up calls is at least 0")
-        if self.stale and self.patch == 1:
-            raise PlanError("displaced needs at least two bands to have an effect; add patch2 or drop displaced")
+        if not self.exact and self.patch == 1:
+            raise PlanError(f"{self._policy} needs at least two bands to have an effect; add patch2 or drop it")
+        if self.naive and (self.stale or self.frozen):
+            raise PlanError("naive bands exchange nothing, so nothing can be stale or frozen; drop one of the two")
+        if self.frozen and not self.stale:
+            raise PlanError("frozen needs kinds that are not renewed; name some in stale")
+        if self.norms is not Norms.CORRECTED and SiteKind.NORM not in self.stale:
+            raise PlanError(f"'{self.norms}' says what norms do with stale statistics; let 'norm' be stale, or drop it")
+        if self.split is Split.ALTERNATING and not self.naive:
+            raise PlanError("alternating bands have no values to use again; add naive, or choose rows or columns")
 
     @property
     def num_ranks(self) -> int:
@@ -78,7 +105,22 @@ class Plan:
     @property
     def exact(self) -> bool:
         """True when the result equals one device to rounding."""
-        return not self.stale
+        return not self.stale and not self.naive
+
+    @property
+    def num_synchronous(self) -> int:
+        """Denoiser calls of a request that are synchronous before others follow; of a plan that is not exact."""
+        return self.warmup if self.naive else self.warmup + 1
+
+    def split_of(self, call: int) -> Split:
+        """Direction of the cut in a request's denoiser call, counted from 0."""
+        if self.split is Split.ALTERNATING:
+            return Split.COLUMNS if call % 2 else Split.ROWS
+        return self.split
+
+    @property
+    def _policy(self) -> str:
+        return "naive" if self.naive else "frozen" if self.frozen else "displaced" if self.stale else "sync"
 
     def __str__(self) -> str:
         words = [f"cfg{self.cfg}"] if self.cfg > 1 else []
@@ -86,10 +128,12 @@ class Plan:
             words.append(f"patch{self.patch}")
         if self.split is not Split.ROWS:
             words.append(str(self.split))
-        if self.stale:
-            words.append("displaced")
-            if self.stale != ALL_KINDS:
+        if not self.exact:
+            words.append(self._policy)
+            if self.stale and self.stale != ALL_KINDS:
                 words += [str(kind) for kind in SiteKind if kind in self.stale]
+            if self.norms is not Norms.CORRECTED:
+                words.append(str(self.norms))
             words.append(f"w{self.warmup}")
         return ".".join(words)
 
@@ -117,8 +161,9 @@ class Plan:
         """The legal plan for exactly `num_ranks` ranks that keeps most of this one's words."""
         cfg = self.cfg if num_ranks % self.cfg == 0 else 1
         patch = num_ranks // cfg
-        stale = self.stale if patch > 1 else frozenset()
-        return Plan(cfg=cfg, patch=patch, split=self.split, stale=stale, warmup=self.warmup)
+        if patch > 1 or self.exact:
+            return replace(self, cfg=cfg, patch=patch)
+        return Plan(cfg=cfg, patch=patch, split=Split.ROWS if self.split is Split.ALTERNATING else self.split)
 
     def check_devices(self, num_devices: int) -> None:
         """Check that the plan occupies exactly the devices given.
@@ -157,20 +202,25 @@ def _parse(text: str) -> Plan:
             kinds |= ALL_KINDS
         elif word in tuple(SiteKind):
             kinds.add(SiteKind(word))
+        elif word in tuple(Norms):
+            put("norms", Norms(word), word)
         else:
             raise PlanError(_unknown_word(text, word))
-    displaced = found.pop("policy", "sync") == "displaced"
-    for word in sorted(kinds) if not displaced else ():
+    policy = found.pop("policy", "sync")
+    ages = policy in ("displaced", "frozen")
+    for word in (*sorted(kinds), *([str(found["norms"])] if "norms" in found else [])) if not ages else ():
         raise PlanError(f"plan '{text}': '{word}' says what may be stale, which needs the word 'displaced'")
-    if "warmup" in found and not displaced:
+    if "warmup" in found and policy == "sync":
         raise PlanError(f"plan '{text}': 'w{found['warmup']}' has an effect only with the word 'displaced'")
-    stale = frozenset(kinds or ALL_KINDS) if displaced else frozenset()
-    return Plan(stale=stale, **found)  # type: ignore[arg-type]
+    if policy == "naive":
+        found.setdefault("warmup", 0)
+    stale = frozenset(kinds or ALL_KINDS) if ages else frozenset()
+    return Plan(stale=stale, frozen=policy == "frozen", naive=policy == "naive", **found)  # type: ignore[arg-type]
 
 
 def _unknown_word(text: str, word: str) -> str:
     stem = re.sub(r"\d+$", "", word)
-    known = {"cfg": "cfg2", "patch": "patch2", "w": "w4", **{w: w for w in (*Split, *_POLICY_WORDS, *SiteKind, "all")}}
+    known = {"cfg": "cfg2", "patch": "patch2", "w": "w4", **{w: w for w in _WORDS if "<" not in w}}
     near = difflib.get_close_matches(stem, known, n=1)
     hint = f"did you mean '{known[near[0]]}'? " if near else ""
     return f"plan '{text}': unknown word '{word}'; {hint}the words are {', '.join(_WORDS)}"

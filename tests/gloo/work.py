@@ -11,7 +11,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from peft import LoraConfig
-from pipelines import PIPELINES, Call
 from torch.distributed.device_mesh import DeviceMesh
 
 from distrifusion import Plan, RankFailed, StepTimeout, parallelize, unparallelize
@@ -20,6 +19,7 @@ from distrifusion.exchange.meeting import transport_of
 from distrifusion.exchange.shared_memory import SharedMemoryTransport
 from distrifusion.exchange.transport import Message, ProcessGroupTransport, Transport
 from models import run_request, sdxl_unet
+from pipelines import PIPELINES, Call
 
 
 def draw(mesh: DeviceMesh, family: str, scheduler: str, plan: str, *calls: Call) -> list[torch.Tensor]:

@@ -3,26 +3,41 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from distrifusion import Plan, PlanError
-from distrifusion.plan import DEFAULT_WARMUP, SiteKind, Split
+from distrifusion.plan import ALL_KINDS, DEFAULT_WARMUP, Norms, SiteKind, Split
 
-_KNOWN = re.compile(r"(cfg|patch|w)\d+|rows|columns|sync|displaced|kv|halo|norm|all")
+_KNOWN = re.compile(
+    r"(cfg|patch|w)\d+|rows|columns|alternating|sync|displaced|frozen|naive|kv|halo|norm|all|(stale|separate|corrected)norm"
+)
 
-exact_plans = st.builds(Plan, cfg=st.sampled_from((1, 2)), patch=st.integers(1, 12), split=st.sampled_from(Split))
+cuts = st.sampled_from((Split.ROWS, Split.COLUMNS))
+cfgs = st.sampled_from((1, 2))
+exact_plans = st.builds(Plan, cfg=cfgs, patch=st.integers(1, 12), split=cuts)
 displaced_plans = st.builds(
     Plan,
-    cfg=st.sampled_from((1, 2)),
+    cfg=cfgs,
     patch=st.integers(2, 12),
-    split=st.sampled_from(Split),
+    split=cuts,
     stale=st.frozensets(st.sampled_from(SiteKind), min_size=1),
     warmup=st.integers(0, 60),
+    frozen=st.booleans(),
 )
-plans = exact_plans | displaced_plans
+plans_with_other_norms = st.builds(replace, displaced_plans, stale=st.just(ALL_KINDS), norms=st.sampled_from(Norms))
+naive_plans = st.builds(
+    Plan,
+    cfg=cfgs,
+    patch=st.integers(2, 12),
+    split=st.sampled_from(Split),
+    warmup=st.integers(0, 60),
+    naive=st.just(True),
+)
+plans = exact_plans | displaced_plans | plans_with_other_norms | naive_plans
 words = st.text("abcdefghijklmnopqrstuvwxyz0123456789-_ ", min_size=0, max_size=12).map(str.strip)
 
 
@@ -50,7 +65,7 @@ def test_a_degree_said_twice_is_an_error_that_names_it(plan: Plan) -> None:
         Plan.parse(f"patch7.patch7.{plan}")
 
 
-@given(st.sampled_from(("kv", "halo", "norm", "all", "w3")))
+@given(st.sampled_from(("kv", "halo", "norm", "all", "w3", "stalenorm", "separatenorm")))
 def test_words_about_staleness_without_displaced_are_errors(word: str) -> None:
     with pytest.raises(PlanError, match="displaced"):
         Plan.parse(f"patch2.{word}")
@@ -61,7 +76,7 @@ def test_the_nearest_plan_fits_the_devices_and_keeps_what_it_can(plan: Plan, num
     nearest = plan.nearest(num_ranks)
     nearest.check_devices(num_ranks)
     assert nearest.cfg == (plan.cfg if num_ranks % plan.cfg == 0 else 1)
-    assert nearest.split is plan.split
+    assert nearest.split is plan.split or (nearest.patch == 1 and plan.split is Split.ALTERNATING)
     assert nearest.stale == (plan.stale if nearest.patch > 1 else frozenset())
 
 
@@ -102,3 +117,27 @@ def test_displaced_alone_is_the_published_form() -> None:
     published = Plan.parse("cfg2.patch4.displaced")
     assert published == Plan(cfg=2, patch=4, stale=frozenset(SiteKind), warmup=DEFAULT_WARMUP)
     assert published.num_ranks == 8
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("patch2.naive.kv", "'kv'"),
+        ("patch2.alternating", "alternating"),
+        ("patch2.displaced.alternating", "alternating"),
+        ("patch1.naive", "naive needs at least two bands"),
+        ("frozen", "frozen needs at least two bands"),
+        ("patch2.displaced.kv.separatenorm", "'separatenorm'"),
+        ("patch2.displaced.frozen", "'frozen'"),
+        ("patch2.displaced.stalenorm.separatenorm", "'separatenorm'"),
+    ],
+)
+def test_words_of_the_ablations_that_clash_are_errors_that_name_them(text: str, named: str) -> None:
+    with pytest.raises(PlanError, match=named):
+        Plan.parse(text)
+
+
+def test_naive_bands_are_never_synchronous_unless_that_is_said() -> None:
+    assert Plan.parse("patch2.naive").num_synchronous == 0
+    assert Plan.parse("patch2.naive.w4").num_synchronous == 4
+    assert Plan.parse("patch2.frozen").num_synchronous == DEFAULT_WARMUP + 1

@@ -25,6 +25,7 @@ class CallPolicy:
         keep: kinds whose values are kept for the next call.
         stale: kinds, among `keep`, that use the last call's remote values now.
         state: where kept values live; None if nothing is kept.
+        frozen: kept values are used again and not renewed.
     """
 
     team: tuple[int, ...]
@@ -32,6 +33,7 @@ class CallPolicy:
     keep: frozenset[SiteKind] = frozenset()
     stale: frozenset[SiteKind] = frozenset()
     state: CallState | None = None
+    frozen: bool = False
 
 
 class Gathered:
@@ -257,6 +259,8 @@ class Exchange:
 
     def _swap_stale(self, name: str, entry: Swapped, parcel: Parcel, outgoing: Mapping[int, torch.Tensor]) -> Swap:
         parcel.settle()
+        if self._policy.frozen:
+            return Swap(lambda: entry.incoming)
         for peer, tensor in outgoing.items():
             entry.outgoing[peer].copy_(tensor)
 
@@ -269,7 +273,7 @@ class Exchange:
 
     def _defer(self, kind: str, posted: Posted) -> None:
         """Post at the next verb: until then the values that were received are still being used."""
-        if all(posted is not other for _, other in self._deferred):
+        if not self._policy.frozen and all(posted is not other for _, other in self._deferred):
             self._deferred.append((kind, posted))
 
     def _flush(self) -> None:

@@ -16,7 +16,6 @@ from torch import nn
 from distrifusion.anatomy.base import StackSite
 from distrifusion.errors import ConfigError
 from distrifusion.partition import Interval
-from distrifusion.plan import Split
 from distrifusion.strategies.attach import Attachment
 from distrifusion.strategies.patch import PatchStrategy, _conv_without_padding, _input_rows
 
@@ -34,9 +33,8 @@ class _Window:
 class ConvStackStrategy:
     """Cuts the input of a convolution stack to the rows that reach this rank's band."""
 
-    def __init__(self, patch: PatchStrategy, split: Split) -> None:
+    def __init__(self, patch: PatchStrategy) -> None:
         self._patch = patch
-        self._dim = 2 if split is Split.ROWS else 3
         self._windows: list[_Window] = []
 
     def attach(self, sites: list[StackSite], attachment: Attachment) -> None:
@@ -48,10 +46,10 @@ class ConvStackStrategy:
             attachment.replace(site.module, "forward", partial(partial, self._run, site))
 
     def _run(self, site: StackSite, forward: Forward, x: torch.Tensor) -> torch.Tensor:
-        level = self._patch.step.levels[site.level_out]
-        sizes = [x.shape[self._dim]]
+        level, dim = self._patch.step.levels[site.level_out], self._patch.step.dim
+        sizes = [x.shape[dim]]
         for convs in site.stages:
-            sizes.append(_output_size(convs[0], self._dim, sizes[-1]))
+            sizes.append(_output_size(convs[0], dim, sizes[-1]))
         if sizes[-1] != level.size:
             raise ConfigError(
                 f"a control image of {sizes[0]} pixels gives {sizes[-1]} latents and the picture has {level.size}; "
@@ -62,17 +60,19 @@ class ConvStackStrategy:
             return forward(x)
         rows = level.bands[self._patch.step.index]
         for convs, size in zip(reversed(site.stages), reversed(sizes[:-1]), strict=True):
-            wanted = _input_rows(convs[0], self._dim, rows)
+            wanted = _input_rows(convs[0], dim, rows)
             rows = wanted & Interval(0, size)
             self._windows.insert(0, _Window(wanted, rows))
-        return forward(x.narrow(self._dim, rows.start, len(rows)))
+        return forward(x.narrow(dim, rows.start, len(rows)))
 
     def _conv(self, conv: nn.Conv2d, stage: int, forward: Forward, x: torch.Tensor) -> torch.Tensor:
         if not self._windows:
             return forward(x)
         wanted, inside = self._windows[stage].wanted, self._windows[stage].inside
         edges = (inside.start - wanted.start, wanted.stop - inside.stop)
-        return _conv_without_padding(conv, self._dim, F.pad(x, (0, 0, *edges) if self._dim == 2 else edges))
+        return _conv_without_padding(
+            conv, self._patch.step.dim, F.pad(x, (0, 0, *edges) if self._patch.step.dim == 2 else edges)
+        )
 
 
 def _output_size(conv: nn.Conv2d, dim: int, size: int) -> int:

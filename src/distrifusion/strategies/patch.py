@@ -19,7 +19,7 @@ from distrifusion.anatomy.base import AttentionSite, ConvSite, EntrySite, NormSi
 from distrifusion.errors import UnsupportedModel
 from distrifusion.exchange.verbs import Exchange, Gathered, Halo
 from distrifusion.partition import Interval, Level
-from distrifusion.plan import SiteKind, Split
+from distrifusion.plan import Norms, SiteKind, Split
 from distrifusion.strategies.attach import Attachment
 from distrifusion.strategies.moments import corrected_moments, local_moments, merge_moments, normalise
 
@@ -34,11 +34,18 @@ class PatchStep:
         levels: every resolution with its bands.
         index: the band that this rank owns.
         entry: the model's input [B, C, H, W], all rows: the first convolution cuts its own halo from it.
+        separate_norms: norms use the statistics of the own band alone.
     """
 
     levels: tuple[Level, ...]
     index: int
     entry: torch.Tensor
+    separate_norms: bool = False
+
+    @property
+    def dim(self) -> int:
+        """Dimension of the cut in tensors [B, C, H, W]."""
+        return 2 if self.levels[0].split is Split.ROWS else 3
 
 
 @dataclass
@@ -58,9 +65,9 @@ class PatchStrategy:
     way between those and the cut ones.
     """
 
-    def __init__(self, exchange: Exchange, split: Split) -> None:
+    def __init__(self, exchange: Exchange, norms: Norms) -> None:
         self._exchange = exchange
-        self._dim = 2 if split is Split.ROWS else 3
+        self._norms = norms
         self._step: PatchStep | None = None
         self._convs: dict[str, ConvSite] = {}
         self._chain: _Chain | None = None
@@ -126,49 +133,49 @@ class PatchStrategy:
         return self._exchange.gather(site.name, kind, pieces, tuple(len(band) * tokens for band in level.bands))
 
     def _rows(self, x: torch.Tensor, band: Interval) -> torch.Tensor:
-        return x.narrow(self._dim, band.start, len(band))
+        return x.narrow(self.step.dim, band.start, len(band))
 
     def _entry(self, site: Site, forward: Forward, x: torch.Tensor) -> torch.Tensor:
         level = self.step.levels[site.level]
-        if self.is_whole(x.shape[self._dim], level):
+        if self.is_whole(x.shape[self.step.dim], level):
             return forward(x)
         assert level.bands is not None
-        want = _input_rows(site.module, self._dim, level.bands[self.step.index])
+        want = _input_rows(site.module, self.step.dim, level.bands[self.step.index])
         inside = self._rows(self.step.entry, want & Interval(0, level.size))
         edges = (max(0, -want.start), max(0, want.stop - level.size))
-        padding = (0, 0, *edges) if self._dim == 2 else edges
-        return _conv_without_padding(site.module, self._dim, F.pad(inside, padding))
+        padding = (0, 0, *edges) if self.step.dim == 2 else edges
+        return _conv_without_padding(site.module, self.step.dim, F.pad(inside, padding))
 
     def _conv(self, site: Site, forward: Forward, x: torch.Tensor) -> torch.Tensor:
         level, level_out = self.step.levels[site.level], self.step.levels[site.level_out]
         if x is self._extended:
             self._extended = None
-            return _conv_without_padding(site.module, self._dim, x)
-        if self.is_whole(x.shape[self._dim], level):
+            return _conv_without_padding(site.module, self.step.dim, x)
+        if self.is_whole(x.shape[self.step.dim], level):
             return forward(x)
         if level_out.bands is None:
             return forward(self._gather_rows(site, x, level))
-        return _conv_without_padding(site.module, self._dim, self._halo(site, x).extend(x))
+        return _conv_without_padding(site.module, self.step.dim, self._halo(site, x).extend(x))
 
     def _halo(self, site: Site, x: torch.Tensor) -> Halo:
         """Ask for the rows of x that a convolution wants of the other bands."""
         bands, bands_out = self.step.levels[site.level].bands, self.step.levels[site.level_out].bands
         assert bands is not None and bands_out is not None
-        wants = [_input_rows(site.module, self._dim, band) for band in bands_out]
-        return self._exchange.halo(site.name, x, self._dim, bands, wants)
+        wants = [_input_rows(site.module, self.step.dim, band) for band in bands_out]
+        return self._exchange.halo(site.name, x, self.step.dim, bands, wants)
 
     def _gather_rows(self, site: Site, x: torch.Tensor, level: Level) -> torch.Tensor:
         """All rows, always fresh: from here on the levels are too coarse to cut."""
-        first = x.movedim(self._dim, 1)
+        first = x.movedim(self.step.dim, 1)
         tokens = first.reshape(x.shape[0], first.shape[1], -1)
         (gathered,) = self.gather(site, (tokens,), kind=None, per_row=1).wait()
         whole = gathered.reshape(x.shape[0], level.size, *first.shape[2:])
-        return whole.movedim(1, self._dim).contiguous()
+        return whole.movedim(1, self.step.dim).contiguous()
 
     def _norm(self, site: NormSite, forward: Forward, x: torch.Tensor) -> torch.Tensor:
         level = self.step.levels[site.level]
         spatial = x.dim() == 4
-        rows = x.shape[self._dim] if spatial else x.shape[-1] // level.across
+        rows = x.shape[self.step.dim] if spatial else x.shape[-1] // level.across
         if self.is_whole(rows, level):
             return forward(x)
         assert level.bands is not None and isinstance(site.module, nn.GroupNorm)
@@ -179,17 +186,22 @@ class PatchStrategy:
         )
         halo = self._halo(conv, x) if conv else None
         own = local_moments(x, site.module.num_groups)
-        moments, previous = self._exchange.share(site.name, SiteKind.NORM, own).wait()
-        counts = _counts(level.bands, x.device)
-        if previous is None:
-            mean, variance = merge_moments(moments, counts)
-        else:
-            mean, variance = corrected_moments(moments, counts, self.step.index, previous)
+        mean, variance = own if self.step.separate_norms else self._moments(site, level.bands, own)
         normed = normalise(x, mean, variance, site.module)
         if halo is not None:
             before, after = ([normalise(r, mean, variance, site.module) for r in side] for side in halo.wait())
             self._chain = _Chain(normed, halo, before, after)
         return normed
+
+    def _moments(
+        self, site: NormSite, bands: tuple[Interval, ...], own: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and variance [B, G] over all bands, from the own ones [2, B, G] and what the others say."""
+        moments, previous = self._exchange.share(site.name, SiteKind.NORM, own).wait()
+        counts = _counts(bands, own.device)
+        if previous is None or self._norms is Norms.STALE:
+            return merge_moments(moments, counts)
+        return corrected_moments(moments, counts, self.step.index, previous)
 
     def _activation(self, forward: Forward, x: torch.Tensor) -> torch.Tensor:
         """The activation of a normed band, written into the place that the convolution's border rows surround."""
@@ -197,7 +209,7 @@ class PatchStrategy:
         if chain is None or x is not chain.normed:
             return forward(x)
         self._chain = None
-        self._extended = _surround(x, chain, self._dim)
+        self._extended = _surround(x, chain, self.step.dim)
         return self._extended
 
     def _upsample(
@@ -205,7 +217,7 @@ class PatchStrategy:
     ) -> torch.Tensor:
         """Upsample to this rank's part of the finer level, whatever size the model derived from its own part."""
         level, level_out = self.step.levels[site.level], self.step.levels[site.level_out]
-        if not self.is_whole(x.shape[self._dim], level):
+        if not self.is_whole(x.shape[self.step.dim], level):
             return forward(x, level_out.band_shape(self.step.index), *args, **kwargs)
         whole = forward(x, (level_out.height, level_out.width), *args, **kwargs)
         return self._rows(whole, level_out.bands[self.step.index]) if level_out.bands else whole

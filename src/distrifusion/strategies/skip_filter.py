@@ -30,10 +30,9 @@ class SkipFilterStrategy:
     The block's own code runs on, with filtered skip connections and, meanwhile, the scale 1, which filters nothing.
     """
 
-    def __init__(self, exchange: Exchange, patch: PatchStrategy, split: Split) -> None:
+    def __init__(self, exchange: Exchange, patch: PatchStrategy) -> None:
         self._exchange = exchange
         self._patch = patch
-        self._split = split
 
     def attach(self, sites: list[FilterSite], attachment: Attachment) -> None:
         """Replace the forward of every site."""
@@ -44,7 +43,7 @@ class SkipFilterStrategy:
         block, level = site.module, self._patch.step.levels[site.level]
         skips: tuple[torch.Tensor, ...] = kwargs[_SKIPS]
         on = all(getattr(block, name, None) for name in site.switches)
-        if not on or self._patch.is_whole(skips[0].shape[2 if self._split is Split.ROWS else 3], level):
+        if not on or self._patch.is_whole(skips[0].shape[self._patch.step.dim], level):
             return forward(*args, **kwargs)
         scale = getattr(block, site.scale)
         setattr(block, site.scale, 1.0)
@@ -58,7 +57,7 @@ class SkipFilterStrategy:
         assert level.bands is not None
         band = level.bands[self._patch.step.index]
         rows, columns = (
-            (band, Interval(0, level.width)) if self._split is Split.ROWS else (Interval(0, level.height), band)
+            (band, Interval(0, level.width)) if level.split is Split.ROWS else (Interval(0, level.height), band)
         )
         u, v = _waves(rows, level.height, skips[0].device), _waves(columns, level.width, skips[0].device)
         states = [skip.float() for skip in skips]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from distrifusion.errors import ConfigError
-from distrifusion.runtime.source import PipelineFacts
+from distrifusion.runtime.source import PipelineFacts, takes_step_callback
 
 # diffusers' check_inputs asks for it whatever the VAE.
 _PIXELS = 8
@@ -28,7 +28,12 @@ def bind(facts: PipelineFacts, args: tuple[Any, ...], kwargs: Mapping[str, Any])
     parameters = [name for name in inspect.signature(facts.cls.__call__).parameters if name not in ("self", "kwargs")]
     for name in kwargs:
         if name in _OLD_CALLBACK:
-            raise ConfigError(f"{name}= is deprecated in diffusers and not served here; use callback_on_step_end=")
+            new = (
+                "use callback_on_step_end="
+                if takes_step_callback(facts.cls)
+                else f"{facts.cls.__name__} has no other; leave it out"
+            )
+            raise ConfigError(f"{name}= is deprecated in diffusers and not served here; {new}")
         if name not in parameters:
             near = difflib.get_close_matches(name, parameters, n=1)
             hint = f"did you mean {near[0]}=?" if near else f"it takes {', '.join(parameters)}"

@@ -1,0 +1,184 @@
+"""How far plans are from one device on the embedded model: PSNR, attributes, Frechet distance.
+
+    python benchmarks/fidelity.py --bands 2,4,8 --pictures 16 --processes 2 --out benchmarks/results/fidelity.json
+    python benchmarks/fidelity.py --bands 2,4 --pictures 4 --size 256 --every-mixture --out stale_kinds.json
+
+The ranks are virtual (threads of one process), so any number of bands can be measured on any machine; the values are
+those of real ranks, the times are not and are not kept. PSNR is of the decoded picture against one device, same seed.
+Prompts name every attribute of a scene; accuracy is the share of attributes that are read as asked. The Frechet
+distance is between the features of a plan's pictures and those of one device's; few pictures make it coarse.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import itertools
+import json
+import platform
+import statistics
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+import torch.multiprocessing as mp
+from diffusers import DDIMScheduler, StableDiffusionXLPipeline
+from PIL import Image
+
+import distrifusion.demo
+from distrifusion import Plan, parallelize
+from distrifusion.demo import classifier
+from distrifusion.demo.dataset import sample_scenes
+from distrifusion.demo.scenes import ATTRIBUTES, Scene, compose_caption
+from distrifusion.exchange.transport import Transport
+from distrifusion.exchange.virtual import VirtualWorld
+from distrifusion.plan import ALL_KINDS, SiteKind
+from distrifusion.quality.metrics import psnr
+
+VARIANTS = {
+    "displaced, corrected norms (published)": "displaced",
+    "displaced, synchronous norms": "displaced.kv.halo",
+    "displaced, stale norms": "displaced.stalenorm",
+    "displaced, separate norms": "displaced.separatenorm",
+    "displaced KV, halos and norms synchronous": "displaced.kv",
+    "naive patches": "naive",
+}
+ONE_DEVICE = "one device"
+_ENCODED = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+
+
+def plans(options: argparse.Namespace) -> dict[str, Plan]:
+    """The plans to draw with, by what they are called."""
+    variants = VARIANTS
+    if options.every_mixture:
+        mixtures = [c for n in range(1, len(ALL_KINDS) + 1) for c in itertools.combinations(SiteKind, n)]
+        variants = {f"stale {', '.join(mixture)}": ".".join(("displaced", *mixture)) for mixture in mixtures}
+    found = {}
+    for bands, (name, words) in itertools.product(options.bands.split(","), variants.items()):
+        warmup = "" if words == "naive" else f".w{options.warmup}"
+        found[f"{bands} bands: {name}"] = Plan.parse(f"patch{bands}.{words}{warmup}")
+    return found
+
+
+def prompts(count: int) -> list[tuple[Scene, str]]:
+    """Scenes of which the model saw none in training, and a prompt for each."""
+    rng = np.random.default_rng(0)
+    return [(scene, compose_caption(scene.attributes(), rng)) for scene in sample_scenes(count, seed=3_000_000)]
+
+
+def on_virtual_rank(pipe: StableDiffusionXLPipeline, plan: Plan, transport: Transport) -> StableDiffusionXLPipeline:
+    """A pipeline of this rank's own that shares its weights with the others."""
+    weights = {id(t): t for t in (*pipe.unet.parameters(), *pipe.unet.buffers())}
+    own = StableDiffusionXLPipeline(
+        **{**pipe.components, "unet": copy.deepcopy(pipe.unet, weights), "scheduler": copy.deepcopy(pipe.scheduler)}
+    )
+    own.set_progress_bar_config(disable=True)
+    return parallelize(own, plan, transport)
+
+
+def draw(pipe: StableDiffusionXLPipeline, plan: Plan, arguments: dict[str, Any]) -> torch.Tensor:
+    """Latents of one picture drawn by virtual ranks."""
+    world = VirtualWorld(plan.num_ranks)
+    return world.run(lambda transport: on_virtual_rank(pipe, plan, transport)(**arguments).images)[0]
+
+
+@torch.no_grad()
+def decode(pipe: StableDiffusionXLPipeline, latents: torch.Tensor) -> Image.Image:
+    """The picture of some latents."""
+    pixels = pipe.vae.decode(latents / pipe.vae.config.scaling_factor).sample
+    return pipe.image_processor.postprocess(pixels, output_type="pil")[0]
+
+
+def row(seed: int, name: str, plan: str, picture: Image.Image, scene: Scene) -> dict[str, Any]:
+    """What is kept of one picture."""
+    images = classifier.to_images(np.array(picture.convert("RGB"))[None])
+    read = classifier.read_attributes(images)[0]
+    right = {attribute: read[attribute] == getattr(scene, attribute) for attribute in ATTRIBUTES}
+    return {
+        "seed": seed,
+        "name": name,
+        "plan": plan,
+        "right": right,
+        "features": classifier.features(images)[0].tolist(),
+    }
+
+
+def measure(process: int, options: argparse.Namespace, path: Path) -> None:
+    """One row per picture and plan, for every `processes`-th picture."""
+    torch.set_num_threads(1)
+    pipe = StableDiffusionXLPipeline.from_pretrained(distrifusion.demo.path())
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    pipe.set_progress_bar_config(disable=True)
+    size = options.size // pipe.vae_scale_factor
+    with path.with_suffix(f".{process}").open("w") as file:
+        for seed, (scene, prompt) in list(enumerate(prompts(options.pictures)))[process :: options.processes]:
+            # Encoded once: the tokenizers are shared by the threads, which must not use them at the same time.
+            encoded = pipe.encode_prompt(prompt, do_classifier_free_guidance=True)
+            arguments = {
+                **dict(zip(_ENCODED, encoded, strict=True)),
+                "latents": torch.randn(1, 4, size, size, generator=torch.Generator().manual_seed(seed)),
+                "guidance_scale": options.guidance,
+                "num_inference_steps": options.steps,
+                "output_type": "latent",
+            }
+            reference = pipe(**arguments).images
+            picture = decode(pipe, reference)
+            print(json.dumps(row(seed, ONE_DEVICE, "patch1", picture, scene)), file=file, flush=True)
+            for name, plan in plans(options).items():
+                drawn = draw(pipe, plan, arguments)
+                image = decode(pipe, drawn)
+                own = row(seed, name, str(plan), image, scene)
+                own["psnr"] = psnr(image, picture)
+                own["relative_error"] = ((drawn - reference).norm() / reference.norm()).item()
+                print(json.dumps(own), file=file, flush=True)
+
+
+def report(rows: list[dict[str, Any]]) -> None:
+    """Print the median and the worst picture of every plan as a Markdown table."""
+    print("| | plan | PSNR median | worst | relative latent error, median | attributes | Frechet distance |")
+    print("|---|---|---|---|---|---|---|")
+    reference = torch.tensor([row["features"] for row in rows if row["name"] == ONE_DEVICE])
+    for name in dict.fromkeys(row["name"] for row in rows):
+        own = [row for row in rows if row["name"] == name]
+        right = statistics.mean(statistics.mean(row["right"].values()) for row in own)
+        cells = [name, f"`{own[0]['plan']}`"]
+        if name == ONE_DEVICE:
+            cells += ["", "", "", f"{right:.1%}", ""]
+        else:
+            decibels = [row["psnr"] for row in own]
+            distance = classifier.frechet_distance(torch.tensor([row["features"] for row in own]), reference)
+            error = statistics.median(row["relative_error"] for row in own)
+            cells += [f"{statistics.median(decibels):.1f}", f"{min(decibels):.1f}", f"{error:.1e}", f"{right:.1%}"]
+            cells.append(f"{max(0.0, distance):.3f}" if len(own) > 1 else "")
+        print(f"| {' | '.join(cells)} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bands", default="2,4,8")
+    parser.add_argument("--pictures", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--size", type=int, default=512, help="pixels, rows and columns")
+    parser.add_argument("--guidance", type=float, default=5.0)
+    parser.add_argument("--warmup", type=int, default=4)
+    parser.add_argument("--every-mixture", action="store_true", help="one plan for every set of stale kinds instead")
+    parser.add_argument("--processes", type=int, default=1, help="that share the pictures, one thread each")
+    parser.add_argument("--out", type=Path, default=Path("fidelity.json"))
+    options = parser.parse_args()
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    mp.spawn(measure, args=(options, options.out), nprocs=options.processes)
+    parts = [options.out.with_suffix(f".{process}") for process in range(options.processes)]
+    rows = [json.loads(line) for part in parts for line in part.read_text().splitlines()]
+    rows.sort(key=lambda row: row["seed"])
+    report(rows)
+    facts = {"torch": torch.__version__, "diffusers": diffusers.__version__, "python": platform.python_version()}
+    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()}
+    options.out.write_text(json.dumps({"options": settings, "versions": facts, "rows": rows}) + "\n")
+    for part in parts:
+        part.unlink()
+
+
+if __name__ == "__main__":
+    main()

@@ -12,6 +12,8 @@ import typer
 
 from distrifusion.cli import options
 from distrifusion.cli.drawing import Wish, devices_in_words, dtype_keyword, quiet_libraries, refuse_torchrun
+from distrifusion.cli.editing import Edit
+from distrifusion.cli.preview import Preview
 from distrifusion.cli.spoken import cancelled_by_ctrl_c, spoken_errors
 from distrifusion.errors import ConfigError
 
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from distrifusion.runtime.pipeline import LoadedPipeline
+
+_NUM_PREVIEWS = 10
 
 
 def run(
@@ -30,6 +34,47 @@ def run(
         ),
     ],
     negative_prompt: options.NegativePrompt = None,
+    image: Annotated[
+        Path | None,
+        typer.Option(
+            "--image",
+            metavar="FILE",
+            help="Draw from this picture (image-to-image) instead of from noise alone.",
+            show_default=False,
+            rich_help_panel=options.PICTURE,
+        ),
+    ] = None,
+    mask_image: Annotated[
+        Path | None,
+        typer.Option(
+            "--mask-image",
+            metavar="FILE",
+            help="Draw only what is white in this picture anew (inpainting).",
+            show_default=False,
+            rich_help_panel=options.PICTURE,
+        ),
+    ] = None,
+    strength: Annotated[
+        float | None,
+        typer.Option(
+            "--strength",
+            metavar="X",
+            help="How much of --image is drawn anew: 1 all of it, near 0 hardly anything. "
+            r"[dim]\[default: the pipeline's own][/dim]",
+            show_default=False,
+            rich_help_panel=options.PICTURE,
+        ),
+    ] = None,
+    lora: Annotated[
+        Path | None,
+        typer.Option(
+            "--lora",
+            metavar="PATH",
+            help="LoRA weights, a file or a folder; takes the package peft.",
+            show_default=False,
+            rich_help_panel=options.PICTURE,
+        ),
+    ] = None,
     size: options.Size = None,
     steps: options.Steps = 30,
     guidance: options.Guidance = None,
@@ -68,6 +113,16 @@ def run(
             rich_help_panel=options.OUTPUT,
         ),
     ] = Path("out.png"),
+    preview: Annotated[
+        Path | None,
+        typer.Option(
+            "--preview",
+            metavar="FILE",
+            help="Also write the picture so far into this file, about ten times; decoding it takes time.",
+            show_default=False,
+            rich_help_panel=options.OUTPUT,
+        ),
+    ] = None,
     compare: Annotated[
         bool,
         typer.Option(
@@ -94,7 +149,39 @@ def run(
         "guidance_scale": guidance,
     }
     with spoken_errors():
-        _draw(Wish(model, devices, plan, size, scheduler, dtype, call), seed, out, compare, answer)
+        order = Order(
+            Wish(model, devices, plan, size, scheduler, dtype, call),
+            Edit.of(image, mask_image, strength),
+            secrets.randbelow(2**32) if seed is None else options.check_seed(seed),
+            lora,
+            preview,
+        )
+        _draw(order, out, compare, answer)
+
+
+@dataclass(frozen=True)
+class Order:
+    """What is drawn, from what, and what is put on the model."""
+
+    wish: Wish
+    edit: Edit | None
+    seed: int
+    lora: Path | None
+    preview: Path | None
+
+    def arguments(self) -> dict[str, Any]:
+        """Arguments of the pipeline's call.
+
+        Raises:
+            ConfigError, OSError: if a value or a file cannot work.
+        """
+        drawing = self.wish.arguments()
+        return self.edit.arguments(drawing) if self.edit else drawing
+
+    def source(self) -> tuple[Any, dict[str, Any]]:
+        """What `load` opens, and its keywords for `from_pretrained`."""
+        keywords = dtype_keyword(self.wish.dtype)
+        return (self.edit.source(self.wish.model, keywords), {}) if self.edit else (self.wish.model, keywords)
 
 
 @dataclass(frozen=True)
@@ -150,54 +237,63 @@ class Comparison:
         }
 
 
-def _draw(wish: Wish, seed: int | None, out: Path, compare: bool, answer: options.Format) -> None:
+def _draw(order: Order, out: Path, compare: bool, answer: options.Format) -> None:
     # Torch and diffusers take seconds to import; `--help` and a wrong option do not wait for them.
     quiet_libraries()
     from distrifusion.loading import load
 
-    arguments = wish.arguments()
-    _check_picture_path(out)
-    seed = secrets.randbelow(2**32) if seed is None else options.check_seed(seed)
-    keywords = dtype_keyword(wish.dtype)
-    scheduler = wish.scheduler_class()
-    spec = wish.device_spec()
+    arguments = order.arguments()
+    for path in (out, order.preview):
+        if path is not None:
+            _check_picture_path(path)
+    if order.lora is not None and not order.lora.exists():
+        raise ConfigError(f"--lora '{order.lora}': there is no such file or folder")
+    source, keywords = order.source()
+    order.wish.scheduler_class()
+    plan, spec = order.wish.plan, order.wish.device_spec()
     if compare:
-        _check_comparable(spec, wish.plan)
-    with load(wish.model, spec, wish.plan, **keywords) as pipe:
-        drawn = _once(pipe, arguments, seed, scheduler, label=str(pipe.plan))
+        _check_comparable(spec, plan)
+    with load(source, spec, plan, **keywords) as pipe:
+        drawn = _once(pipe, order, arguments, str(pipe.plan), order.preview)
         where, threads, chief = pipe.devices, pipe.threads, pipe.rank == 0
     if not chief:
         return
     drawn.picture.save(out)
     as_json = answer is options.Format.JSON
     if not as_json:
-        typer.echo(f"{drawn}, seed {seed}, picture in {out}")
+        typer.echo(f"{drawn}, seed {order.seed}, picture in {out}")
     comparison = None
     if compare:
-        with load(wish.model, [where[0]], threads=threads, **keywords) as pipe:
-            alone = _once(pipe, arguments, seed, scheduler, label="1 device")
+        with load(source, [where[0]], threads=threads, **keywords) as pipe:
+            alone = _once(pipe, order, arguments, "1 device", None)
         comparison = _compare(drawn, alone, out)
     if as_json:
         compared = {"compared": comparison.as_dict()} if comparison else {}
-        typer.echo(json.dumps({**drawn.as_dict(), "seed": seed, "picture": str(out), **compared}, indent=1))
+        typer.echo(json.dumps({**drawn.as_dict(), "seed": order.seed, "picture": str(out), **compared}, indent=1))
     elif comparison:
         typer.echo(comparison)
 
 
-def _once(pipe: LoadedPipeline, arguments: dict[str, Any], seed: int, scheduler: str | None, label: str) -> Drawn:
+def _once(pipe: LoadedPipeline, order: Order, arguments: dict[str, Any], label: str, preview: Path | None) -> Drawn:
     import diffusers
     import torch
 
+    scheduler = order.wish.scheduler_class()
     if scheduler is not None:
         pipe.scheduler = getattr(diffusers, scheduler).from_config(pipe.scheduler.config)
+    if order.lora is not None:
+        pipe.load_lora_weights(str(order.lora.resolve()))
     pipe.set_progress_bar_config(desc=label, dynamic_ncols=True, **({} if pipe.rank == 0 else {"disable": True}))
+    more: dict[str, Any] = {"generator": torch.Generator("cpu").manual_seed(order.seed)}
+    if preview is not None:
+        every = max(1, arguments["num_inference_steps"] // _NUM_PREVIEWS)
+        more["callback_on_step_end"] = Preview(preview, every, pipe.rank)
     with cancelled_by_ctrl_c(pipe):
-        picture = pipe(**arguments, generator=torch.Generator("cpu").manual_seed(seed)).images[0]
+        picture = pipe(**arguments, **more).images[0]
     times = pipe.last_run
     assert times is not None
-    return Drawn(
-        picture, str(pipe.plan), devices_in_words(pipe.devices, pipe.threads), times.seconds_per_step, times.total
-    )
+    where = devices_in_words(pipe.devices, pipe.threads)
+    return Drawn(picture, str(pipe.plan), where, times.seconds_per_step, times.total)
 
 
 def _compare(drawn: Drawn, alone: Drawn, out: Path) -> Comparison:

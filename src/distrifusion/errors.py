@@ -25,12 +25,16 @@ class RankFailed(DistrifusionError, RuntimeError):
     Attributes:
         rank: the rank that failed, or None if it is not known which.
         step: the denoising step (from 0) it was in, or None outside the loop.
+        exchange: what another rank waited for, as "halo of layer 'conv_out'", or None if it is not known.
     """
 
-    def __init__(self, message: str, *, rank: int | None = None, step: int | None = None) -> None:
+    def __init__(
+        self, message: str, *, rank: int | None = None, step: int | None = None, exchange: str | None = None
+    ) -> None:
         super().__init__(message)
         self.rank = rank
         self.step = step
+        self.exchange = exchange
 
 
 class StepTimeout(DistrifusionError, TimeoutError):
@@ -39,12 +43,16 @@ class StepTimeout(DistrifusionError, TimeoutError):
     Attributes:
         rank: the rank that waited, or None if it is not known.
         step: the denoising step (from 0) it was in, or None outside the loop.
+        exchange: what it waited for, as "halo of layer 'conv_out'", or None if it is not known.
     """
 
-    def __init__(self, message: str, *, rank: int | None = None, step: int | None = None) -> None:
+    def __init__(
+        self, message: str, *, rank: int | None = None, step: int | None = None, exchange: str | None = None
+    ) -> None:
         super().__init__(message)
         self.rank = rank
         self.step = step
+        self.exchange = exchange
 
 
 class Cancelled(DistrifusionError):

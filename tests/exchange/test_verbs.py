@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from distrifusion import StepTimeout
 from distrifusion.exchange.pool import CallState
 from distrifusion.exchange.verbs import CallPolicy, Exchange
 from distrifusion.exchange.virtual import VirtualTransport, VirtualWorld
@@ -189,3 +190,23 @@ def test_one_rank_alone_gets_its_own_values() -> None:
         return [*piece.flatten().tolist(), *stacked.flatten().tolist()], sum(exchange.bytes_sent.values())
 
     assert VirtualWorld(1).run(work) == [([1.0, 1.0, 1.0], 0)]
+
+
+@pytest.mark.parametrize(
+    ("ask", "named"),
+    [
+        (lambda exchange: exchange.share("a", SiteKind.NORM, torch.ones(1)).wait(), "norm of layer 'a'"),
+        (lambda exchange: exchange.gather("b", SiteKind.KV, (torch.ones(1, 2, 1),), (2, 2)).wait(), "kv of layer 'b'"),
+        (lambda exchange: exchange.collect("exit", torch.ones(1), {1: torch.Size([1])}), "values of layer 'exit'"),
+    ],
+)
+def test_a_wait_without_an_answer_says_what_it_was_for(ask: Callable[[Exchange], Any], named: str) -> None:
+    def work(transport: VirtualTransport) -> None:
+        exchange = Exchange(transport)
+        exchange.begin(CallPolicy((0, 1), transport.rank))
+        if transport.rank == 0:
+            ask(exchange)
+
+    with pytest.raises(StepTimeout, match=named) as caught:
+        VirtualWorld(2, timeout=0.2).run(work)
+    assert caught.value.exchange == named

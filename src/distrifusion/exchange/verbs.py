@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 
+from distrifusion.errors import RankFailed, StepTimeout
 from distrifusion.exchange.pool import CallState, GatherBuffer, Parcel, Posted, Swapped, tag_of
 from distrifusion.exchange.transport import Message, Transport
 from distrifusion.partition import Interval
@@ -39,16 +41,13 @@ class CallPolicy:
 class Gathered:
     """Everybody's pieces of one site, on their way."""
 
-    def __init__(self, buffer: GatherBuffer, taken: Callable[[], None] | None) -> None:
+    def __init__(self, buffer: GatherBuffer, taken: Callable[[], None]) -> None:
         self._buffer = buffer
         self._taken = taken
 
     def wait(self) -> tuple[torch.Tensor, ...]:
         """The pieces [B, L, C] of all owners in band order, valid until the next verb."""
-        if self._taken is None:
-            self._buffer.settle()
-        else:
-            self._taken()
+        self._taken()
         return self._buffer.read()
 
 
@@ -167,12 +166,13 @@ class Exchange:
             entry = GatherBuffer(name, buffer, lengths, policy.team, policy.index)
             if state:
                 state.gathers[name] = entry
-        entry.settle()
+        what = _what(kind, site)
+        _settle(entry, what)
         entry.write(pieces)
         if not fresh:
             return Gathered(entry, partial(self._defer, str(kind), entry))
         self._post(kind or "exit", entry)
-        return Gathered(entry, None)
+        return Gathered(entry, partial(_settle, entry, what))
 
     def halo(self, site: str, x: torch.Tensor, dim: int, bands: Sequence[Interval], wants: Sequence[Interval]) -> Halo:
         """Ask for what this rank's rows lack of the interval it wants.
@@ -222,7 +222,7 @@ class Exchange:
         if entry is None or not peers:
             return None
         if entry.parcel is not None:
-            entry.parcel.settle()
+            _settle(entry.parcel, _what(kind, site))
         return entry.outgoing[peers[0]].clone()
 
     def _swap(
@@ -239,6 +239,7 @@ class Exchange:
         state = self._policy.state if kind in self._policy.keep else None
         entry = state.swaps.get(name) if state else None
         if entry is not None and kind in self._policy.stale and entry.parcel is not None:
+            _settle(entry.parcel, _what(kind, site))
             return self._swap_stale(name, entry, entry.parcel, outgoing)
         sends = {peer: tensor.contiguous() for peer, tensor in outgoing.items()}
         receives = {peer: like.new_empty(shape) for peer, shape in incoming.items()}
@@ -250,7 +251,8 @@ class Exchange:
         self._count(kind or "exit", sum(t.nbytes for t in sends.values()))
 
         def take() -> dict[int, torch.Tensor]:
-            pending.wait()
+            with _named(_what(kind, site)):
+                pending.wait()
             if state is not None and kind is not None:
                 _keep(state, name, kind, sends, receives)
             return receives
@@ -258,7 +260,6 @@ class Exchange:
         return Swap(take)
 
     def _swap_stale(self, name: str, entry: Swapped, parcel: Parcel, outgoing: Mapping[int, torch.Tensor]) -> Swap:
-        parcel.settle()
         if self._policy.frozen:
             return Swap(lambda: entry.incoming)
         for peer, tensor in outgoing.items():
@@ -301,6 +302,27 @@ class Exchange:
         name = self._next_name(site)
         self._seen[site] += 1
         return name
+
+
+def _what(kind: SiteKind | None, site: str) -> str:
+    return f"{kind or 'values'} of layer '{site}'"
+
+
+def _settle(posted: Posted, what: str) -> None:
+    with _named(what):
+        posted.settle()
+
+
+@contextmanager
+def _named(what: str) -> Iterator[None]:
+    """Let the error of a wait say what was waited for."""
+    try:
+        yield
+    except (RankFailed, StepTimeout) as error:
+        if error.exchange is None:
+            error.exchange = what
+            error.args = (f"{error}; it was for the {what}",)
+        raise
 
 
 def _keep(

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
-from distrifusion.exchange.transport import Message, Pending, ProcessGroupTransport
+from distrifusion.exchange.transport import Message, Pending, Transport
 
 
-class CountedTransport(ProcessGroupTransport):
-    """The default process group's messages; `count` is called before each exchange."""
+class CountedTransport:
+    """Another transport's messages; `count` is called before each exchange."""
 
-    def __init__(self, count: Callable[[], None]) -> None:
-        super().__init__()
+    def __init__(self, transport: Transport, count: Callable[[], None]) -> None:
+        self.rank = transport.rank
+        self.world_size = transport.world_size
+        self._transport = transport
         self._count = count
 
     def post(self, sends: Sequence[Message], receives: Sequence[Message]) -> Pending:
         self._count()
-        return super().post(sends, receives)
+        return self._transport.post(sends, receives)
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's value, on every rank. Every rank calls it."""
+        return self._transport.broadcast(value)

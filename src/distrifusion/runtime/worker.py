@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 import transformers
 
+from distrifusion.exchange.meeting import transport_of
 from distrifusion.in_place import parallelize
 from distrifusion.runtime import attributes, randomness
 from distrifusion.runtime.board import Board
@@ -138,7 +139,9 @@ class Worker:
         pipe = op.source.open(self.device)
         # Before parallelize gives it a class of its own, which the caller could not import.
         facts = facts_of(pipe)
-        self.pipe = parallelize(pipe, op.plan, CountedTransport(partial(self.board.count, self.rank)))
+        assert dist.group.WORLD is not None, "initialised above"
+        transport = transport_of(dist.group.WORLD, self.device)
+        self.pipe = parallelize(pipe, op.plan, CountedTransport(transport, partial(self.board.count, self.rank)))
         self.pipe.progress_bar = WatchedBars(partial(RelayedBar, self.line, self.rank), self.boundaries)
         return facts
 

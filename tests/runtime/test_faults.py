@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import signal
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,35 +14,14 @@ import torch
 from distrifusion import load
 from distrifusion.errors import OutOfMemory, RankFailed, StepTimeout
 from distrifusion.runtime.spawned import SpawnedPipeline
+from runtime.faulty import Order, faulty, give, gone_within, hit, is_alive, outcome, parent_of
 
-
-def faulty(folder: Path, order: Path) -> Callable[[], Any]:
-    """A factory of a pipeline whose rank 1 does what the file `order` says, in the third denoiser call of a run."""
-
-    def build() -> Any:
-        pipe = diffusers.StableDiffusionXLPipeline.from_pretrained(folder)
-        calls = [0]
-
-        def obey(*_: Any) -> None:
-            calls[0] += 1
-            if torch.distributed.get_rank() != 1 or not order.exists() or calls[0] < 3:
-                return
-            match order.read_text():
-                case "raise":
-                    raise LookupError("of this rank")
-                case "memory":
-                    torch.empty(1 << 60, dtype=torch.uint8)
-                case "kill":
-                    os.kill(os.getpid(), signal.SIGKILL)
-                case "stop":
-                    os.kill(os.getpid(), signal.SIGSTOP)
-                case "hang":
-                    time.sleep(1000)
-
-        pipe.unet.register_forward_pre_hook(obey)
-        return pipe
-
-    return build
+RAISED = (RankFailed, r"rank 1 failed {}: builtins\.LookupError: of this rank")
+MEMORY = (OutOfMemory, "rank 1 ran out of memory {}: .*half precision")
+KILLED = (RankFailed, "rank 1 was ended by SIGKILL {}.*memory runs out")
+STOPPED = (RankFailed, "rank 1 was stopped by a signal {}")
+OUTSIDE = "outside the denoising loop"
+LOOP = "in step 2"
 
 
 @pytest.fixture(scope="module")
@@ -62,26 +39,108 @@ def pipe(sdxl_folder: Path, order: Path) -> Iterator[SpawnedPipeline]:
         yield pipe
 
 
+@pytest.fixture(scope="module")
+def expected(pipe: SpawnedPipeline) -> torch.Tensor:
+    return draw(pipe)
+
+
+def draw(pipe: SpawnedPipeline, **arguments: Any) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(3)
+    return torch.from_numpy(pipe("a", num_inference_steps=5, generator=generator, output_type="np", **arguments).images)
+
+
+@pytest.mark.supports("feature", "a rank that fails, dies, stops or hangs is a typed error, and the next call works")
 @pytest.mark.parametrize(
-    ("fault", "error", "says"),
+    ("what", "error", "says", "step"),
     [
-        ("raise", RankFailed, "rank 1 failed in step 2: builtins.LookupError: of this rank"),
-        ("memory", OutOfMemory, "rank 1 ran out of memory in step 2: .*half precision"),
-        ("kill", RankFailed, "rank 1 was ended by SIGKILL in step 2"),
-        ("stop", RankFailed, "rank 1 was stopped by a signal in step 2"),
-        ("hang", StepTimeout, "no rank moved on for 10 s; rank . is last, in step 2"),
+        (Order("raise", "text"), *RAISED, None),
+        (Order("kill", "text"), *KILLED, None),
+        (Order("raise", "loop", passed=2), *RAISED, 2),
+        (Order("memory", "loop", passed=2), *MEMORY, 2),
+        (Order("kill", "loop", passed=2), *KILLED, 2),
+        (Order("stop", "loop", passed=2), *STOPPED, 2),
+        (Order("hang", "loop", passed=2), StepTimeout, "no rank moved on for 10 s; rank 1 is last, {}, after exc", 2),
+        (Order("memory", "vae"), *MEMORY, None),
+        (Order("stop", "vae"), *STOPPED, None),
+        (Order("raise", "setting"), *RAISED, None),
+        (Order("kill", "setting"), *KILLED, None),
     ],
+    ids=lambda value: f"{value.fault} in {value.place}" if isinstance(value, Order) else "",
 )
 def test_one_rank_ends_the_call_and_not_the_pipeline(
-    pipe: SpawnedPipeline, order: Path, fault: str, error: type[RankFailed | OutOfMemory | StepTimeout], says: str
+    pipe: SpawnedPipeline,
+    order: Path,
+    expected: torch.Tensor,
+    what: Order,
+    error: type[RankFailed | OutOfMemory | StepTimeout],
+    says: str,
+    step: int | None,
 ) -> None:
-    order.write_text(fault)
-    with pytest.raises(error, match=says) as caught:
-        pipe("a", num_inference_steps=5)
+    give(order, what)
+    pids = pipe.pids
+    answer = outcome(pipe.vae.enable_tiling if what.place == "setting" else lambda: draw(pipe))
     order.unlink()
-    assert caught.value.step == 2
-    assert error is StepTimeout or caught.value.rank == 1
-    assert pipe.pids == ()
+    with pytest.raises(error, match=says.format(OUTSIDE if step is None else f"in step {step}")):
+        raise answer
+    assert (answer.rank, answer.step) == (1, step)
+    assert pipe.pids == () and gone_within(pids, 10)
+    assert torch.equal(draw(pipe), expected)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_is_killed_while_the_callers_callback_runs(
+    pipe: SpawnedPipeline, expected: torch.Tensor, rank: int
+) -> None:
+    def kill(_: Any, step: int, __: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        if step == 1:
+            hit(pipe.pids[rank], "kill")
+        return tensors
+
+    with pytest.raises(RankFailed, match=f"rank {rank} was ended by SIGKILL in step 1") as caught:
+        draw(pipe, callback_on_step_end=kill)
+    assert (caught.value.rank, caught.value.step) == (rank, 1)
+    assert torch.equal(draw(pipe), expected)
+
+
+def test_a_failure_within_a_callbacks_request_ends_the_call(pipe: SpawnedPipeline, expected: torch.Tensor) -> None:
+    failures: list[RankFailed] = []
+
+    def look(_: Any, step: int, __: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        hit(pipe.pids[0], "kill")
+        for _ in range(2):
+            try:
+                _ = pipe.vae.use_slicing
+            except RankFailed as failure:
+                failures.append(failure)
+        return tensors
+
+    with pytest.raises(RankFailed, match="within the callback"):
+        draw(pipe, callback_on_step_end=look)
+    assert len(failures) == 2 and failures[0].rank == 0
+    assert torch.equal(draw(pipe), expected)
+
+
+def test_a_rank_that_dies_between_calls_is_no_error(pipe: SpawnedPipeline, expected: torch.Tensor) -> None:
+    pids = pipe.pids
+    hit(pids[1], "kill")
+    assert gone_within(pids[1:], 10)
+    assert torch.equal(draw(pipe), expected)
+    assert not set(pids) & set(pipe.pids) and gone_within(pids, 10)
+
+
+def test_a_stopped_rank_does_not_hold_up_a_long_message(pipe: SpawnedPipeline, expected: torch.Tensor) -> None:
+    hit(pipe.pids[1], "stop")
+    answer = outcome(lambda: draw(pipe, latents=torch.zeros(1, 4, 1024, 1024)))
+    with pytest.raises(RankFailed, match="rank 1 was stopped by a signal"):
+        raise answer
+    assert torch.equal(draw(pipe), expected)
+
+
+def test_the_process_that_starts_ranks_may_die(pipe: SpawnedPipeline, expected: torch.Tensor) -> None:
+    pids = pipe.pids
+    hit(parent_of(pids[0]), "kill")
+    assert gone_within(pids, 10)
+    assert torch.equal(draw(pipe), expected)
 
 
 def test_ctrl_c_ends_the_call_and_the_workers(pipe: SpawnedPipeline) -> None:
@@ -92,9 +151,7 @@ def test_ctrl_c_ends_the_call_and_the_workers(pipe: SpawnedPipeline) -> None:
     with pytest.raises(KeyboardInterrupt):
         pipe("a", num_inference_steps=5, callback_on_step_end=interrupt)
     assert pipe.pids == ()
-    for pid in pids:
-        with pytest.raises(ProcessLookupError):
-            os.kill(pid, 0)
+    assert not any(map(is_alive, pids))
 
 
 def test_a_restart_repeats_what_was_changed(pipe: SpawnedPipeline) -> None:
@@ -115,6 +172,18 @@ def test_errors_of_all_ranks_keep_the_workers(pipe: SpawnedPipeline) -> None:
         pipe.encode_prompd("a")
     assert len(pipe("a", num_inference_steps=1).images) == 1
     assert pipe.pids == pids
+
+
+def test_memory_that_ran_out_in_this_process_is_said_likewise(sdxl_folder: Path) -> None:
+    def give_up(_: Any, step: int, __: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        return {"latents": torch.empty(1 << 60, dtype=torch.uint8)}
+
+    with load(sdxl_folder, devices=1) as one:
+        one.set_progress_bar_config(disable=True)
+        with pytest.raises(OutOfMemory, match="rank 0 ran out of memory in step 0") as caught:
+            one("a", num_inference_steps=2, callback_on_step_end=give_up)
+        assert caught.value.step == 0
+        assert len(one("a", num_inference_steps=1).images) == 1
 
 
 def test_close_leaves_no_process(pipe: SpawnedPipeline) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -13,11 +12,13 @@ import pytest
 import distrifusion
 from distrifusion import load
 from distrifusion.runtime.spawned import SpawnedPipeline
+from runtime.faulty import gone_within, hit, is_alive, parent_of
 
 SOURCE = Path(distrifusion.__file__).parents[1]
 
 SCRIPT = """
 import sys
+import threading
 import diffusers
 from distrifusion import load
 
@@ -28,12 +29,20 @@ FOLDER = sys.argv[1]
 pipe = load(build, devices=2)
 image = pipe("a lake", num_inference_steps=2).images[0]
 print("drawn", image.size, *pipe.pids, flush=True)
-if sys.stdin.readline() == "draw\\n":
+
+def draw():
     def tell(pipe, step, timestep, tensors):
         print("step", step, flush=True)
         return tensors
 
     pipe("a lake", num_inference_steps=1000, callback_on_step_end=tell)
+
+match sys.stdin.readline():
+    case "draw\\n":
+        draw()
+    case "draw in a thread\\n":
+        threading.Thread(target=draw, daemon=True).start()
+        sys.stdin.readline()
 """
 
 RANK = """
@@ -74,25 +83,8 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": "1"}
 
 
-def is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-
-
-def gone_within(pids: list[int], seconds: float) -> bool:
-    until = time.monotonic() + seconds
-    while any(map(is_alive, pids)):
-        if time.monotonic() > until:
-            return False
-        time.sleep(0.1)
-    return True
-
-
 def start(tmp_path: Path, folder: Path) -> tuple[subprocess.Popen[str], list[int]]:
-    """Run the script without a main guard; returns it and its workers' ids after its first picture."""
+    """Run the script without a main guard; returns it and the processes it has started for its first picture."""
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     process = subprocess.Popen(
@@ -106,8 +98,17 @@ def start(tmp_path: Path, folder: Path) -> tuple[subprocess.Popen[str], list[int
     assert process.stdout is not None
     for line in process.stdout:
         if line.startswith("drawn (64, 64)"):
-            return process, [int(word) for word in line.split()[-2:]]
+            ranks = [int(word) for word in line.split()[-2:]]
+            return process, [parent_of(ranks[0]), *ranks]
     raise AssertionError(f"the script left with {process.wait()} and drew nothing")
+
+
+def say(process: subprocess.Popen[str], word: str) -> None:
+    """Let the script draw, and wait until it does."""
+    assert process.stdin is not None and process.stdout is not None
+    process.stdin.write(word + "\n")
+    process.stdin.flush()
+    assert any(line == "step 3\n" for line in process.stdout)
 
 
 def test_a_plain_script_that_just_ends_leaves_nobody(tmp_path: Path, sdxl_folder: Path) -> None:
@@ -117,14 +118,19 @@ def test_a_plain_script_that_just_ends_leaves_nobody(tmp_path: Path, sdxl_folder
     assert not any(map(is_alive, pids))
 
 
-def test_a_killed_parent_leaves_nobody_even_within_a_call(tmp_path: Path, sdxl_folder: Path) -> None:
+def test_a_script_that_ends_while_a_thread_draws_leaves_nobody(tmp_path: Path, sdxl_folder: Path) -> None:
     process, pids = start(tmp_path, sdxl_folder)
-    assert process.stdin is not None and process.stdout is not None
-    process.stdin.write("draw\n")
-    process.stdin.flush()
-    assert any(line == "step 3\n" for line in process.stdout)
+    say(process, "draw in a thread")
+    process.communicate("end\n", timeout=60)
+    assert gone_within(pids, 10)
+
+
+def test_a_killed_parent_leaves_nobody_not_even_a_stopped_rank(tmp_path: Path, sdxl_folder: Path) -> None:
+    process, pids = start(tmp_path, sdxl_folder)
+    say(process, "draw")
+    hit(pids[-1], "stop")
     process.kill()
-    process.wait()
+    process.communicate()
     assert gone_within(pids, 10)
 
 

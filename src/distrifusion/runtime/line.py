@@ -55,6 +55,13 @@ class Line:
             raise PeerGone("the other side left before it sent its file descriptor")
         return fds[0]
 
+    @property
+    def is_cut(self) -> bool:
+        """True if the other side is gone."""
+        poller = select.poll()
+        poller.register(self._end, 0)
+        return bool(poller.poll(0))
+
     def fileno(self) -> int:
         """For `multiprocessing.connection.wait`."""
         return self._end.fileno()

@@ -129,8 +129,10 @@ class RankStarter:
             if fd is not None:
                 self._line.send_fd(fd)
             return self._line.receive()
-        except StepTimeout:
-            # An answer that comes late would be taken for that to the next question.
+        except PeerGone:
+            raise
+        except BaseException:
+            # A timeout, or Ctrl-C. An answer that comes late would be taken for that to the next question.
             self._process.kill()
             raise
 
@@ -165,6 +167,11 @@ class Processes:
                 line.close()
             raise
         return started
+
+    @property
+    def are_alive(self) -> bool:
+        """False if a process is gone."""
+        return not any(line.is_cut for line in self.lines)
 
     def tell(self, rank: int, message: object) -> bool:
         """Send a message to a rank; False if its process is gone or does not read."""

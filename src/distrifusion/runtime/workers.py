@@ -25,10 +25,8 @@ from distrifusion.runtime.wire import Failure, Reply, Request, StepAnswer, pack,
 
 # Seconds between two looks at the board and the processes while ranks compute.
 _LOOK = 0.25
-# Seconds that other ranks get to fail likewise after one failed. In the denoising loop they keep in step, and a rank
-# whose peer failed alone waits in an exchange for ever; outside it one may read weights much slower than another.
+# Seconds that other ranks get to fail likewise after one failed; a rank whose peer failed alone may wait for ever.
 _GRACE = 3.0
-_GRACE_OUTSIDE = 15.0
 # Seconds after a process has gone; its peers' errors are only consequences.
 _GRACE_GONE = 0.5
 
@@ -69,12 +67,13 @@ class Workers:
         self._starter: RankStarter | None = None
         self._started: Processes | None = None
         self._requests = 0
+        self._open_requests = 0
         self._early: dict[int, dict[int, Reply]] = {}
 
     @property
     def running(self) -> bool:
-        """True between a start and the end of the processes."""
-        return self._started is not None
+        """True if the processes can be asked; one that is gone while nothing is asked is no failure of a call."""
+        return self._started is not None and (self._open_requests > 0 or self._started.are_alive)
 
     @property
     def pids(self) -> tuple[int, ...]:
@@ -88,6 +87,9 @@ class Workers:
             RankFailed, OutOfMemory, StepTimeout: if a rank fails alone or `start_timeout` passes.
             Whatever all ranks raise alike when they open the pipeline.
         """
+        if self._open_requests:
+            self._running()  # raises: a new crew knows nothing of the call within whose callback this is asked
+        self.end()
         self._early = {}
         self.board.clear()
         if self._starter is None or not self._starter.is_alive:
@@ -119,6 +121,7 @@ class Workers:
         self._requests += 1
         number = self._requests
         answers = _Answers(set(range(len(payloads))))
+        self._open_requests += 1
         try:
             for rank, payload in enumerate(payloads):
                 if not started.tell(rank, Request(number, payload)):
@@ -131,6 +134,8 @@ class Workers:
             # A verdict, or Ctrl-C: where the ranks stand is not known any more.
             self.end()
             raise
+        finally:
+            self._open_requests -= 1
         return [answers.values[rank] for rank in range(len(payloads))]
 
     def answer_step(self, answer: StepAnswer) -> None:
@@ -207,9 +212,7 @@ class Workers:
 
     def _settled(self, answers: _Answers) -> bool:
         """True if nothing more is to be waited for."""
-        in_loop = any(self.board.step_of(rank) is not None for rank in answers.waiting)
-        grace = _GRACE_GONE if answers.gone else _GRACE if in_loop else _GRACE_OUTSIDE
-        return not answers.waiting or _overdue(answers.trouble, grace)
+        return not answers.waiting or _overdue(answers.trouble, _GRACE_GONE if answers.gone else _GRACE)
 
     def _ready(self, answers: _Answers) -> list[int]:
         started = self._running()

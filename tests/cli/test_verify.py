@@ -52,12 +52,13 @@ def test_the_data_holds_every_step_of_every_seed(displaced: Any) -> None:
     _, out = displaced
     data = json.loads((out / "report.json").read_text())
     assert data["passed"] is False and [miss["seed"] for miss in data["missed"]] == [0, 4]
-    assert data["bands"] == {"split": "columns", "borders": [48]}  # 9 latent columns, 5 of the coarsest: 3 and 2
+    assert data["borders"] == {"columns": [48]}  # 9 latent columns, 5 of the coarsest: 3 and 2
     for row in data["pictures"]:
         curve = row["relative_latent_error_by_step"]
         # The first call is exact, and every later one is not.
         assert len(curve) == 4 and curve[0] < 1e-5 < curve[-1] == row["latent_error"]
-        assert len(row["seam_by_border"]) == 1 and row["prompt"] == "a <b> lake"
+        assert len(row["seam_by_border"]["columns"]) == 1 and row["prompt"] == "a <b> lake"
+    assert data["pictures"][0]["psnr"] != data["pictures"][1]["psnr"]
     threads, half = data["noise_floors"]
     assert "thread" in threads["title"] and half["title"] == "in bfloat16"
     assert all(row["latent_error"] < 1e-5 for row in threads["pictures"])

@@ -8,7 +8,7 @@ import torch
 from torch.nn.functional import interpolate
 
 from distrifusion.plan import Plan, Split
-from distrifusion.quality.seams import band_borders, band_middles, jumps, seam_scores
+from distrifusion.quality.seams import Cut, band_middles, cuts, jumps, seam_scores, seams
 
 VAE = 8
 BORDERS = (64, 128)
@@ -38,7 +38,7 @@ def test_a_clean_picture_has_no_seam(seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(5))
-@pytest.mark.parametrize("split", Split)
+@pytest.mark.parametrize("split", [Split.ROWS, Split.COLUMNS])
 def test_a_planted_seam_is_found_at_its_border(seed: int, split: Split) -> None:
     reference = landscape(seed)
     error = smooth_error(seed + 50, 0.1)
@@ -47,10 +47,10 @@ def test_a_planted_seam_is_found_at_its_border(seed: int, split: Split) -> None:
     picture = reference + error + step[:, None, None]
     if split is Split.COLUMNS:
         picture, reference = picture.transpose(1, 0, 2), reference.transpose(1, 0, 2)
-    at_seam, elsewhere = scores(picture, reference, split)
+    found = seams(picture, reference, Cut(split, BORDERS), VAE)
+    at_seam, elsewhere = found.scores
     assert at_seam > 2 and elsewhere < 1.6
-    middles = band_middles(BORDERS, 192)
-    assert max(seam_scores(jumps(picture, reference, split), middles, VAE)) < 1.6
+    assert max(found.control) < 1.6 and len(found.control) == 3 and len(found.profile) == 191
 
 
 def test_equal_pictures_and_invisible_jumps_score_one() -> None:
@@ -76,22 +76,24 @@ def test_a_border_at_the_edge_of_the_picture_can_be_judged() -> None:
 
 
 @pytest.mark.parametrize(
-    ("plan", "rows", "size", "borders"),
+    ("plan", "rows", "size", "where"),
     [
-        ("patch2", 2, (512, 512), (256,)),
-        ("patch4.columns.displaced.w4", 1, (512, 256), (128, 256, 384)),
-        ("patch3", 2, (64, 256), (96, 192)),  # 32 latent rows, 8 of the coarsest: 3, 3 and 2
-        ("cfg2.patch2", 2, (256, 256), (128,)),
-        ("cfg2.patch2", 1, (256, 256), (64, 128, 192)),  # one row of the batch: four bands
-        ("cfg2", 2, (256, 256), ()),
-        ("patch1", 2, (256, 256), ()),
-        ("patch8", 1, (256, 32), ()),  # four latent rows: too few to cut
+        ("patch2", 2, (512, 512), {"rows": (256,)}),
+        ("patch4.columns.displaced.w4", 1, (512, 256), {"columns": (128, 256, 384)}),
+        ("patch3", 2, (64, 256), {"rows": (96, 192)}),  # 32 latent rows, 8 of the coarsest: 3, 3 and 2
+        ("cfg2.patch2", 2, (256, 256), {"rows": (128,)}),
+        ("cfg2.patch2", 1, (256, 256), {"rows": (64, 128, 192)}),  # one row of the batch: four bands
+        ("patch2.alternating.naive.w1", 1, (512, 256), {"rows": (128,), "columns": (256,)}),
+        ("cfg2", 2, (256, 256), {}),
+        ("patch1", 2, (256, 256), {}),
+        ("patch8", 1, (256, 32), {}),  # four latent rows: too few to cut
     ],
 )
 def test_borders_are_where_the_denoiser_cuts(
-    plan: str, rows: int, size: tuple[int, int], borders: tuple[int, ...]
+    plan: str, rows: int, size: tuple[int, int], where: dict[str, tuple[int, ...]]
 ) -> None:
-    assert band_borders(Plan.parse(plan), rows, size, VAE, num_levels=3) == borders
+    found = cuts(Plan.parse(plan), rows, size, VAE, num_levels=3)
+    assert {str(cut.split): cut.borders for cut in found} == where
 
 
 def test_middles_lie_between_borders() -> None:

@@ -220,6 +220,7 @@ def _prompts(model: str, prompt: str | None, file: Path | None) -> tuple[str, ..
 
 def _check_limits(limits: dict[str, float], task: Task) -> None:
     """Refuse a limit on what cannot be measured here, before anything is drawn."""
+    from distrifusion.mesh import RankGrid
     from distrifusion.quality import measures, metrics
 
     measures.check_limits(limits)
@@ -230,7 +231,9 @@ def _check_limits(limits: dict[str, float], task: Task) -> None:
         raise ConfigError("--min-agreement and --max-frechet are for the demo model, which has a classifier")
     if "frechet" in limits and len(task.seeds) < 2:
         raise ConfigError("--max-frechet needs at least two seeds")
-    if "seam" in limits and task.plan.num_ranks == task.plan.cfg:
+    # Ranks of a call without guidance take bands.
+    num_rows = 2 if task.arguments.get("guidance_scale", 2) > 1 else 1
+    if "seam" in limits and RankGrid(task.plan, 0).num_bands(num_rows) == 1:
         raise ConfigError(f"--max-seam needs a plan that cuts the picture, and '{task.plan}' does not")
 
 

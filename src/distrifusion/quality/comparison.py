@@ -2,30 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
-import numpy as np
-
-from distrifusion.plan import Split
-from distrifusion.quality import metrics, seams
+from distrifusion.quality import metrics
 from distrifusion.quality.drift import StepDrift, drift
 from distrifusion.quality.recording import Recording
-
-
-@dataclass(frozen=True)
-class Bands:
-    """Where the picture is cut.
-
-    Attributes:
-        split: direction of the cut.
-        borders: first pixel row (or column) of every band but the first; empty if the picture is not cut.
-        vae_factor: pixels per latent row.
-    """
-
-    split: Split
-    borders: tuple[int, ...]
-    vae_factor: int
+from distrifusion.quality.seams import Cut, Seams, seams
 
 
 @dataclass(frozen=True)
@@ -35,9 +18,7 @@ class Result:
     Attributes:
         values: by key of `measures.PICTURE_MEASURES`; what could not be measured is missing.
         drift: after every step; empty if the pipeline does not call back.
-        seams: score of every border between bands.
-        control: the same score at the middles of bands, where no seam can be.
-        profile: mean absolute jump of the error across every line, in 0..2; empty without borders.
+        seams: one for every direction in which the picture was cut.
         seconds_per_step, seconds: of the picture and of the one-device picture, latents recorded.
     """
 
@@ -47,20 +28,25 @@ class Result:
     drift: tuple[StepDrift, ...]
     seconds_per_step: tuple[float, float]
     seconds: tuple[float, float]
-    seams: tuple[float, ...] = ()
-    control: tuple[float, ...] = ()
-    profile: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    seams: tuple[Seams, ...] = ()
 
 
 def compare(
-    seed: int, prompt: str, ours: Recording, theirs: Recording, bands: Bands, more: Mapping[str, float]
+    seed: int,
+    prompt: str,
+    ours: Recording,
+    theirs: Recording,
+    cuts: Sequence[Cut] = (),
+    vae_factor: int = 1,
+    more: Mapping[str, float] | None = None,
 ) -> Result:
     """Measure one picture.
 
     Args:
         ours: the picture that is judged.
         theirs: the one-device picture.
-        bands: where `ours` was cut.
+        cuts: where `ours` was cut.
+        vae_factor: pixels per latent row.
         more: values that were measured elsewhere.
 
     Raises:
@@ -73,23 +59,15 @@ def compare(
         values["ms_ssim"] = metrics.ms_ssim(picture, reference)
     if curve:
         values["latent_error"] = curve[-1].relative_error
-    at_borders: tuple[float, ...] = ()
-    at_middles: tuple[float, ...] = ()
-    profile = np.zeros(0)
-    if bands.borders:
-        profile = seams.jumps(picture, reference, bands.split)
-        at_borders = seams.seam_scores(profile, bands.borders, bands.vae_factor)
-        middles = seams.band_middles(bands.borders, len(profile) + 1)
-        at_middles = seams.seam_scores(profile, middles, bands.vae_factor)
-        values["seam"] = max(at_borders)
+    found = tuple(seams(picture, reference, cut, vae_factor) for cut in cuts)
+    if found:
+        values["seam"] = max(score for one in found for score in one.scores)
     return Result(
         seed,
         prompt,
-        {**values, **more},
+        {**values, **(more or {})},
         curve,
         (ours.seconds_per_step, theirs.seconds_per_step),
         (ours.seconds, theirs.seconds),
-        at_borders,
-        at_middles,
-        profile,
+        found,
     )

@@ -26,6 +26,7 @@ from distrifusion.quality.measures import MEASURES
 from distrifusion.quality.panel import error_map
 from distrifusion.quality.plots import Line, Mark, chart
 from distrifusion.quality.recording import Shelf
+from distrifusion.quality.seams import Cut
 from distrifusion.quality.summary import Verdict
 from distrifusion.quality.verify import PLAN, REFERENCE, Outcome
 
@@ -95,8 +96,8 @@ def _page(outcome: Outcome, verdict: Verdict, circumstances: Circumstances, shel
         speed=summary.speed(outcome),
         pictures=[_picture(outcome, result, shelf) for result in shown],
         drift=_drift_chart(outcome),
-        seam_chart=_seam_chart(outcome),
-        control=statistics.median([score for result in outcome.results for score in result.control] or [1.0]),
+        seam_charts=[_seam_chart(outcome, index) for index in range(len(outcome.cuts))],
+        control=statistics.median([s for r in outcome.results for seams in r.seams for s in seams.control] or [1.0]),
     )
 
 
@@ -110,15 +111,18 @@ def _picture(outcome: Outcome, result: Result, shelf: Shelf) -> dict[str, Any]:
     """One row of pictures."""
     reference, picture = (shelf.picture(run, result.seed) for run in (REFERENCE, PLAN))
     error, gain = error_map(picture, reference)
-    rows = outcome.bands.split is Split.ROWS
-    length = picture.height if rows else picture.width
     return {
         "result": result,
         "images": [_inline(image) for image in (reference, picture, error)],
         "gain": gain,
-        "side": "top" if rows else "left",
-        "borders": [100 * border / length for border in outcome.bands.borders],
+        "borders": [border for cut in outcome.cuts for border in _places(cut, picture.size)],
     }
+
+
+def _places(cut: Cut, size: tuple[int, int]) -> list[tuple[str, float]]:
+    """Side of the page's picture and distance from it in percent, for every border."""
+    rows = cut.split is Split.ROWS
+    return [("top" if rows else "left", 100 * border / size[1 if rows else 0]) for border in cut.borders]
 
 
 def _inline(picture: Image.Image) -> str:
@@ -142,20 +146,18 @@ def _drift_chart(outcome: Outcome) -> str:
         title = f"noise floor: one device, {floor.title}"
         lines.append(Line(_median(again), "dashed", title, label=floor.title))
     plan, num_steps = outcome.task.plan, len(lines[0].values)
-    fresh = plan.warmup + 1
-    marks = [Mark(fresh, f"{fresh} synchronous calls")] if not plan.exact and fresh < num_steps else []
+    fresh = 0 if plan.exact else plan.num_synchronous
+    marks = [Mark(fresh, f"{fresh} synchronous calls")] if 0 < fresh < num_steps else []
     return chart(lines, "denoising step", "relative error of the latents", log=True, marks=marks)
 
 
-def _seam_chart(outcome: Outcome) -> str:
-    """Mean jump of the error across every line of the picture, with the borders of the bands."""
-    profiles = [result.profile for result in outcome.results if result.profile.size]
-    if not profiles:
-        return ""
-    mean = (np.mean(profiles, axis=0) * _LEVELS).tolist()
-    word = "row" if outcome.bands.split is Split.ROWS else "column"
-    marks = [Mark(border, "border") for border in outcome.bands.borders]
-    lines = [Line(mean, "bold", "mean of all seeds")]
+def _seam_chart(outcome: Outcome, index: int) -> str:
+    """Mean jump of the error across every line of the picture, with the borders of one of the cuts."""
+    cut = outcome.cuts[index]
+    mean = np.mean([result.seams[index].profile for result in outcome.results], axis=0) * _LEVELS
+    word = "row" if cut.split is Split.ROWS else "column"
+    marks = [Mark(border, "border") for border in cut.borders]
+    lines = [Line(mean.tolist(), "bold", "mean of all seeds")]
     return chart(lines, f"pixel {word}", "jump of the error, grey levels", marks=marks)
 
 

@@ -7,6 +7,7 @@ band border than around it. The error is taken, not the picture, because a pictu
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
@@ -24,8 +25,21 @@ _NEAR = 0.5
 _AROUND = 4
 
 
-def band_borders(plan: Plan, num_rows: int, size: tuple[int, int], vae_factor: int, num_levels: int) -> tuple[int, ...]:
-    """Where bands meet, as the first pixel row (or column) of every band but the first.
+@dataclass(frozen=True)
+class Cut:
+    """Where bands meet.
+
+    Attributes:
+        split: rows or columns.
+        borders: first pixel row (or column) of every band but the first.
+    """
+
+    split: Split
+    borders: tuple[int, ...]
+
+
+def cuts(plan: Plan, num_rows: int, size: tuple[int, int], vae_factor: int, num_levels: int) -> tuple[Cut, ...]:
+    """Where a plan cuts a picture: in one direction, in both if they alternate, or nowhere.
 
     Args:
         num_rows: batch rows of one denoiser call: 2 for one picture with guidance, else 1.
@@ -34,14 +48,46 @@ def band_borders(plan: Plan, num_rows: int, size: tuple[int, int], vae_factor: i
         num_levels: number of resolutions of the denoiser.
     """
     width, height = size
-    bands = RankGrid(plan, 0).num_bands(num_rows)
-    levels = partition_levels(height // vae_factor, width // vae_factor, num_levels, bands, plan.split)
-    return tuple(band.start * vae_factor for band in (levels[0].bands or ())[1:])
+    num_bands = RankGrid(plan, 0).num_bands(num_rows)
+    found = []
+    for split in dict.fromkeys(map(plan.split_of, range(2))):
+        finest = partition_levels(height // vae_factor, width // vae_factor, num_levels, num_bands, split)[0]
+        if borders := tuple(band.start * vae_factor for band in (finest.bands or ())[1:]):
+            found.append(Cut(split, borders))
+    return tuple(found)
 
 
 def band_middles(borders: Sequence[int], length: int) -> tuple[int, ...]:
     """The middle of every band: lines where no seam can be, to compare with."""
     return tuple((start + stop) // 2 for start, stop in pairwise((0, *borders, length)))
+
+
+@dataclass(frozen=True)
+class Seams:
+    """What is at the borders of one cut in one picture.
+
+    Attributes:
+        scores: of every border.
+        control: the same at the middles of the bands, where no seam can be.
+        profile: what `jumps` returns.
+    """
+
+    cut: Cut
+    scores: tuple[float, ...]
+    control: tuple[float, ...]
+    profile: np.ndarray
+
+
+def seams(picture: Picture, reference: Picture, cut: Cut, vae_factor: int) -> Seams:
+    """Look at the borders of a cut; `vae_factor` is the pixels per latent row.
+
+    Raises:
+        ConfigError: if a picture is of a form that `metrics.pixels` refuses.
+    """
+    profile = jumps(picture, reference, cut.split)
+    middles = band_middles(cut.borders, len(profile) + 1)
+    scores, control = (seam_scores(profile, lines, vae_factor) for lines in (cut.borders, middles))
+    return Seams(cut, scores, control, profile)
 
 
 def jumps(picture: Picture, reference: Picture, split: Split) -> np.ndarray:
@@ -64,7 +110,7 @@ def seam_scores(profile: np.ndarray, lines: Sequence[int], vae_factor: int) -> t
 
     Args:
         profile: what `jumps` returns.
-        lines: first row after each line, as `band_borders` returns them.
+        lines: first row after each line, as in `Cut.borders`.
         vae_factor: pixels per latent row.
     """
     near, around = max(1, round(_NEAR * vae_factor)), _AROUND * vae_factor

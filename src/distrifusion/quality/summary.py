@@ -100,7 +100,6 @@ def text(outcome: Outcome, verdict: Verdict) -> str:
 
 def as_data(outcome: Outcome, verdict: Verdict) -> dict[str, Any]:
     """Everything for JSON; null stands for the infinite PSNR of equal pictures."""
-    bands = outcome.bands
     return {
         "passed": verdict.passed,
         "limits": dict(verdict.limits),
@@ -110,7 +109,7 @@ def as_data(outcome: Outcome, verdict: Verdict) -> dict[str, Any]:
         "accuracy": outcome.accuracy,
         "frechet": outcome.frechet,
         "skipped": outcome.skipped,
-        "bands": {"split": str(bands.split), "borders": bands.borders},
+        "borders": {str(cut.split): cut.borders for cut in outcome.cuts},
         "pictures": [_picture(result) for result in outcome.results],
         "noise_floors": [{"title": f.title, "pictures": [_picture(r) for r in f.results]} for f in outcome.floors],
     }
@@ -138,8 +137,8 @@ def _picture(result: Result) -> dict[str, Any]:
         **{key: _number(value) for key, value in result.values.items()},
         "relative_latent_error_by_step": [_number(step.relative_error) for step in result.drift],
         "latent_psnr_by_step": [_number(step.psnr) for step in result.drift],
-        "seam_by_border": result.seams,
-        "seam_score_in_band_middles": result.control,
+        "seam_by_border": {str(seams.cut.split): seams.scores for seams in result.seams},
+        "seam_score_in_band_middles": {str(seams.cut.split): seams.control for seams in result.seams},
         "seconds_per_step": result.seconds_per_step[0],
         "one_device_seconds_per_step": result.seconds_per_step[1],
         "seconds": result.seconds[0],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,12 +14,12 @@ from distrifusion import demo
 from distrifusion.anatomy import anatomy_of
 from distrifusion.loading import load
 from distrifusion.plan import Plan
-from distrifusion.quality import metrics
-from distrifusion.quality.comparison import Bands, Result, compare
+from distrifusion.quality import metrics, seams
+from distrifusion.quality.comparison import Result, compare
 from distrifusion.quality.landscapes import Gallery
 from distrifusion.quality.networks import Networks
 from distrifusion.quality.recording import Guard, Recording, Shelf, record
-from distrifusion.quality.seams import band_borders
+from distrifusion.quality.seams import Cut
 from distrifusion.runtime import devices as device_specs
 from distrifusion.runtime import source as sources
 from distrifusion.runtime.pipeline import LoadedPipeline
@@ -86,6 +86,7 @@ class Outcome:
     """All that was measured.
 
     Attributes:
+        cuts: where the plan cut the pictures; empty if it did not.
         results: one for every seed, in the task's order.
         together: figures of all pictures together, by key of `measures.SET_MEASURES`.
         accuracy: what pictures of the demo model show right, by whose they are and attribute.
@@ -95,7 +96,7 @@ class Outcome:
     """
 
     task: Task
-    bands: Bands
+    cuts: tuple[Cut, ...]
     results: tuple[Result, ...]
     floors: tuple[Floor, ...]
     together: Mapping[str, float]
@@ -120,23 +121,23 @@ def verify(task: Task, shelf: Shelf, guard: Guard = nullcontext) -> Outcome:
     """
     studio = _Studio(task, shelf, guard)
     with studio.loaded(task.devices, task.plan, task.threads, task.keywords) as pipe:
-        for seed in task.seeds:
-            shelf.put(PLAN, seed, studio.draw(pipe, seed, str(task.plan)))
+        for seed, recording in studio.draw_all(pipe, task.seeds, str(task.plan)):
+            shelf.put(PLAN, seed, recording)
     gallery = Gallery() if task.is_demo else None
     networks = Networks.found()
     with studio.loaded(task.devices[:1], Plan(), task.threads, task.keywords) as pipe:
-        bands, results = _against_one_device(studio, pipe, gallery, networks)
+        cuts, results = _against_one_device(studio, pipe, gallery, networks)
     frechet = gallery.frechet() if gallery else {}
     together = {**networks.together(), **({"frechet": frechet["plan to one device"]} if frechet else {})}
     return Outcome(
         task,
-        bands,
+        cuts,
         results,
         tuple(_floors(studio)),
         together,
         gallery.accuracy() if gallery else {},
         frechet,
-        {**networks.skipped, **_skipped(task, results[0], bands)},
+        {**networks.skipped, **_skipped(task, results[0])},
         shelf.picture(PLAN, task.seeds[0]).size,
     )
 
@@ -159,40 +160,42 @@ class _Studio:
                 pipe.scheduler = getattr(diffusers, self.task.scheduler).from_config(pipe.scheduler.config)
             yield pipe
 
-    def draw(self, pipe: LoadedPipeline, seed: int, label: str) -> Recording:
-        """One seed's picture."""
+    def draw_all(self, pipe: LoadedPipeline, seeds: Sequence[int], label: str) -> Iterator[tuple[int, Recording]]:
+        """The pictures of some seeds, one after the other."""
         facts = sources.find(self.task.source, {}).facts
         calls_back = facts is None or sources.takes_step_callback(facts.cls)
-        arguments = {**self.task.arguments, "prompt": self.task.prompt(seed)}
-        place = f"{self.task.seeds.index(seed) + 1}/{len(self.task.seeds)}"
-        return record(pipe, arguments, seed, f"{label}, seed {seed} ({place})", calls_back, self.guard)
+        for place, seed in enumerate(seeds, 1):
+            arguments = {**self.task.arguments, "prompt": self.task.prompt(seed)}
+            says = f"{label}, seed {seed} ({place}/{len(seeds)})"
+            yield seed, record(pipe, arguments, seed, says, calls_back, self.guard)
 
 
 def _against_one_device(
     studio: _Studio, pipe: LoadedPipeline, gallery: Gallery | None, networks: Networks
-) -> tuple[Bands, tuple[Result, ...]]:
+) -> tuple[tuple[Cut, ...], tuple[Result, ...]]:
     """Draw every seed on one device and compare."""
-    bands, results = None, []
-    for seed in studio.task.seeds:
-        theirs = studio.draw(pipe, seed, "one device")
+    cuts: tuple[Cut, ...] = ()
+    results: list[Result] = []
+    for seed, theirs in studio.draw_all(pipe, studio.task.seeds, "one device"):
         studio.shelf.put(REFERENCE, seed, theirs)
         ours = studio.shelf.get(PLAN, seed)
-        bands = bands or _bands(studio.task.plan, pipe, theirs.picture.size)
+        cuts = cuts if results else _cuts(studio.task.plan, pipe, theirs.picture.size)
         prompt = studio.task.prompt(seed)
         more = networks.add(prompt, ours.picture, theirs.picture)
         if gallery is not None:
             more["agreement"] = gallery.add(prompt, ours.picture, theirs.picture)
-        results.append(compare(seed, prompt, ours, theirs, bands, more))
-    assert bands is not None
-    return bands, tuple(results)
+        results.append(compare(seed, prompt, ours, theirs, cuts, pipe.vae_scale_factor, more))
+    return cuts, tuple(results)
 
 
-def _bands(plan: Plan, pipe: LoadedPipeline, size: tuple[int, int]) -> Bands:
+def _cuts(plan: Plan, pipe: LoadedPipeline, size: tuple[int, int]) -> tuple[Cut, ...]:
     """Where the plan cuts pictures of this size, which `pipe` has just drawn whole."""
-    num_rows = 2 if pipe.do_classifier_free_guidance else 1
-    num_levels = anatomy_of(pipe.unet).num_levels(pipe.unet)
-    factor = pipe.vae_scale_factor
-    return Bands(plan.split, band_borders(plan, num_rows, size, factor, num_levels), factor)
+    unet = getattr(pipe, "unet", None)
+    if unet is None:
+        return ()
+    num_rows = 2 if getattr(pipe, "do_classifier_free_guidance", True) else 1
+    num_levels = anatomy_of(unet).num_levels(unet)
+    return seams.cuts(plan, num_rows, size, pipe.vae_scale_factor, num_levels)
 
 
 def _floors(studio: _Studio) -> Iterator[Floor]:
@@ -209,22 +212,20 @@ def _floors(studio: _Studio) -> Iterator[Floor]:
 
 
 def _floor(studio: _Studio, title: str, threads: int | None, keywords: Mapping[str, Any]) -> Floor:
-    task, whole = studio.task, Bands(studio.task.plan.split, (), 1)
-    results = []
+    task, results = studio.task, []
     with studio.loaded(task.devices[:1], Plan(), threads, keywords) as pipe:
-        for seed in task.seeds[:FLOOR_SEEDS]:
-            again = studio.draw(pipe, seed, f"one device, {title}")
+        for seed, again in studio.draw_all(pipe, task.seeds[:FLOOR_SEEDS], f"one device, {title}"):
             theirs = studio.shelf.get(REFERENCE, seed)
-            results.append(compare(seed, task.prompt(seed), again, theirs, whole, {}))
+            results.append(compare(seed, task.prompt(seed), again, theirs))
     return Floor(title, tuple(results))
 
 
-def _skipped(task: Task, result: Result, bands: Bands) -> dict[str, str]:
+def _skipped(task: Task, result: Result) -> dict[str, str]:
     """Why a measure is missing that a reader may look for."""
     reasons = {
         "ms_ssim": f"a side of the picture is below {metrics.MS_SSIM_PIXELS} pixels",
         "latent_error": "the pipeline does not call back after a step",
-        "seam": "the plan does not cut the picture" if not bands.borders else "",
+        "seam": "the plan does not cut the picture",
         "agreement": "the classifier reads pictures of the demo model only",
     }
     skipped = {key: reason for key, reason in reasons.items() if key not in result.values}

@@ -15,8 +15,9 @@ from typing import Any
 import diffusers
 import torch
 
-# Where a rank of the faulty pipeline looks for its order, in the sequence of a call; "setting" is a method by itself.
-PLACES = ("text", "loop", "vae", "setting")
+# Where a rank of the faulty pipeline looks for its order, in the sequence of a call: "loop" is the begin of a denoiser
+# call and "middle" its middle block. "setting" is a method by itself.
+PLACES = ("text", "loop", "middle", "vae", "setting")
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,7 @@ def faulty(folder: Path, order: Path) -> Callable[[], Any]:
 
         pipe.text_encoder.register_forward_pre_hook(lambda *_: obey("text"))
         pipe.unet.register_forward_pre_hook(lambda *_: obey("loop"))
+        pipe.unet.mid_block.register_forward_pre_hook(lambda *_: obey("middle"))
         pipe.vae.decode = decode_or_fail
         pipe.vae.enable_tiling = lambda: obey("setting")
         return pipe

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,6 @@ MEMORY = (OutOfMemory, "rank 1 ran out of memory {}: .*half precision")
 KILLED = (RankFailed, "rank 1 was ended by SIGKILL {}.*memory runs out")
 STOPPED = (RankFailed, "rank 1 was stopped by a signal {}")
 OUTSIDE = "outside the denoising loop"
-LOOP = "in step 2"
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def draw(pipe: SpawnedPipeline, **arguments: Any) -> torch.Tensor:
         (Order("raise", "text"), *RAISED, None),
         (Order("kill", "text"), *KILLED, None),
         (Order("raise", "loop", passed=2), *RAISED, 2),
-        (Order("memory", "loop", passed=2), *MEMORY, 2),
+        (Order("memory", "middle", passed=2), *MEMORY, 2),
         (Order("kill", "loop", passed=2), *KILLED, 2),
         (Order("stop", "loop", passed=2), *STOPPED, 2),
         (Order("hang", "loop", passed=2), StepTimeout, "no rank moved on for 10 s; rank 1 is last, {}, after exc", 2),
@@ -83,6 +83,8 @@ def test_one_rank_ends_the_call_and_not_the_pipeline(
     with pytest.raises(error, match=says.format(OUTSIDE if step is None else f"in step {step}")):
         raise answer
     assert (answer.rank, answer.step) == (1, step)
+    if (what.fault, what.place) == ("kill", "loop"):
+        assert re.search("of layer '.+'", answer.exchange) and answer.exchange in str(answer)
     assert pipe.pids == () and gone_within(pids, 10)
     assert torch.equal(draw(pipe), expected)
 

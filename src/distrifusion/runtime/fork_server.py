@@ -2,7 +2,7 @@
 
 Importing torch and diffusers takes seconds and a few hundred megabytes, which ranks forked here share. A fork takes
 only the thread that calls it along, so this process never has a second one and never touches an accelerator; where
-libraries start threads on import, or off Linux, ranks are programs of their own that import for themselves.
+libraries do either on import, or off Linux, ranks are programs of their own that import for themselves.
 
 It ends with the caller, and its ranks end with it.
 """
@@ -21,6 +21,7 @@ import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NoReturn
 
 from distrifusion.runtime.line import Line, PeerGone
@@ -132,8 +133,10 @@ class ForkServer:
 
 
 def _may_fork() -> bool:
-    """True on Linux in a process of one thread."""
-    return sys.platform == "linux" and len(os.listdir("/proc/self/task")) == 1
+    """True on Linux in a process of one thread that has not loaded CUDA's driver, which does not survive a fork."""
+    if sys.platform != "linux" or len(os.listdir("/proc/self/task")) > 1:
+        return False
+    return "libcuda.so" not in Path("/proc/self/maps").read_text()
 
 
 def exit_after(work: Callable[[], None]) -> NoReturn:

@@ -98,6 +98,7 @@ class Failure:
         trace: its traceback as text.
         packed: the error itself, if it can be packed and unpacked, else None.
         step: the denoising step it was raised in, None outside the loop.
+        exchange: what the rank waited for, where the error says so.
         randomness: packed states of the generators and the global streams when it was raised.
     """
 
@@ -106,13 +107,15 @@ class Failure:
     trace: str
     packed: bytes | None
     step: int | None
+    exchange: str | None
     randomness: bytes
 
     @classmethod
     def of(cls, error: BaseException, step: int | None, randomness: bytes) -> Failure:
         kind = f"{type(error).__module__}.{type(error).__qualname__}"
         trace = "".join(traceback.format_exception(type(error), error, error.__traceback__))
-        return cls(kind, str(error), trace, _pack_error(error), step, randomness)
+        exchange = getattr(error, "exchange", None)
+        return cls(kind, str(error), trace, _pack_error(error), step, exchange, randomness)
 
     def like(self, other: Failure) -> bool:
         """True if both ranks raised the same thing."""

@@ -27,8 +27,8 @@ from distrifusion.runtime.wire import Failure, Reply, Request, StepAnswer, pack,
 _LOOK = 0.25
 # Seconds that other ranks get to fail likewise after one failed; a rank whose peer failed alone may wait for ever.
 _GRACE = 3.0
-# Seconds after a process has gone; its peers' errors are only consequences.
-_GRACE_GONE = 0.5
+# Seconds after a process has gone; its peers' errors are only consequences, and say what they waited for.
+_GRACE_GONE = 1.5
 
 OnEvent = Callable[[Any, int], None]
 
@@ -252,14 +252,14 @@ class Workers:
         stopped = [rank for rank in sorted(answers.waiting) if started.is_stopped(rank)]
         answers.stopped = (answers.stopped or time.monotonic()) if stopped else None
         if _overdue(answers.stopped, GRACE_STOPPED):
-            raise self._failed(stopped[0], "was stopped by a signal")
+            raise self._failed(stopped[0], "was stopped by a signal", answers)
 
     def _judge(self, answers: _Answers) -> None:
         """Raise if anything went wrong: who is gone first, then an error of all, then the first that failed."""
         started = self._running()
         if answers.gone:
             rank = answers.gone[0]
-            raise self._failed(rank, started.ending(rank))
+            raise self._failed(rank, started.ending(rank), answers)
         if not answers.failures:
             return
         if short := [failure for failure in answers.failures.values() if failure.is_out_of_memory]:
@@ -270,18 +270,21 @@ class Workers:
         if alike and not answers.waiting and not answers.values:
             raise RaisedAlike(failure)
         what = f"rank {rank} failed {where(failure.step)}: {failure.kind}: {failure.message}"
-        raise RankFailed(what, rank=rank, step=failure.step) from failure.error()
+        raise RankFailed(what, rank=rank, step=failure.step, exchange=failure.exchange) from failure.error()
 
     def _timed_out(self, answers: _Answers, limit: float) -> StepTimeout:
         rank = min(answers.waiting, key=self.board.progress_of)
         what = f"no rank moved on for {limit:g} s; rank {rank} is last, {self._place(rank)}"
         return StepTimeout(what, rank=rank, step=self.board.step_of(rank))
 
-    def _failed(self, rank: int, how: str) -> RankFailed:
+    def _failed(self, rank: int, how: str, answers: _Answers) -> RankFailed:
         what = f"the process of rank {rank} {how} {self._place(rank)}"
+        exchange = next((failure.exchange for failure in answers.failures.values() if failure.exchange), None)
+        if exchange is not None:
+            what += f", while another waited for {exchange}"
         if signal.SIGKILL.name in how:
             what += "; the system ends processes in this way when memory runs out, see its log"
-        return RankFailed(what, rank=rank, step=self.board.step_of(rank))
+        return RankFailed(what, rank=rank, step=self.board.step_of(rank), exchange=exchange)
 
     def _place(self, rank: int) -> str:
         step = self.board.step_of(rank)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from distrifusion.anatomy import anatomy_of
-from distrifusion.anatomy.base import FilterSite, StackSite
+from distrifusion.anatomy.base import AdaptiveNormSite, FilterSite, ResampleSite, StackSite
 from distrifusion.errors import ConfigError, PlanError
 from distrifusion.exchange.pool import CallState, Pool
 from distrifusion.exchange.transport import Transport
@@ -20,9 +20,11 @@ from distrifusion.exchange.verbs import CallPolicy, Exchange
 from distrifusion.mesh import CallLayout, RankGrid
 from distrifusion.partition import Interval, Level, partition_levels
 from distrifusion.plan import Norms, Plan, SiteKind, Split
+from distrifusion.strategies.adaptive_norm import AdaptiveNormStrategy
 from distrifusion.strategies.attach import Attachment
 from distrifusion.strategies.conv_stack import ConvStackStrategy
 from distrifusion.strategies.patch import PatchStep, PatchStrategy
+from distrifusion.strategies.resample import ResampleStrategy
 from distrifusion.strategies.skip_filter import SkipFilterStrategy
 
 
@@ -67,6 +69,8 @@ class ParallelDenoiser:
         self._grid = RankGrid(plan, transport.rank)
         self._patch = PatchStrategy(self.exchange, plan.norms)
         self._stack = ConvStackStrategy(self._patch)
+        self._resample = ResampleStrategy(self.exchange, self._patch)
+        self._adaptive_norms = AdaptiveNormStrategy(self._patch)
         self._skip_filter = SkipFilterStrategy(self.exchange, self._patch)
         self.needs_request = False
         self.holders: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -97,7 +101,10 @@ class ParallelDenoiser:
             raise PlanError(f"plan '{self.plan}': naive bands have no part of a control image; use another policy")
         self._layers.detach()
         self._modules = tuple(self.model.modules())
-        self._patch.attach([s for s in sites if not isinstance(s, StackSite | FilterSite)], self._layers)
+        norms = self._adaptive_norms.attach([s for s in sites if isinstance(s, AdaptiveNormSite)], self._layers)
+        own_rules = StackSite | FilterSite | AdaptiveNormSite | ResampleSite
+        self._patch.attach([*(s for s in sites if not isinstance(s, own_rules)), *norms], self._layers)
+        self._resample.attach([s for s in sites if isinstance(s, ResampleSite)], self._layers)
         self._stack.attach([s for s in sites if isinstance(s, StackSite)], self._layers)
         self._skip_filter.attach([s for s in sites if isinstance(s, FilterSite)], self._layers)
 

@@ -161,6 +161,31 @@ def _from_an_image() -> dict[str, Case]:
     }
 
 
+def _latent_upscaler() -> dict[str, Case]:
+    """Its U-Net has K-diffusion's blocks: fixed filters between resolutions, norms that read the timestep."""
+    unet = {
+        "down_block_types": ("KDownBlock2D", "KCrossAttnDownBlock2D", "KCrossAttnDownBlock2D"),
+        "up_block_types": ("KCrossAttnUpBlock2D", "KCrossAttnUpBlock2D", "KUpBlock2D"),
+        "block_out_channels": (32, 64, 64),
+        "in_channels": 8,
+        "out_channels": 5,
+        "mid_block_type": None,
+        "act_fn": "gelu",
+        "attention_head_dim": 8,
+        "norm_num_groups": None,
+        "conv_in_kernel": 1,
+        "conv_out_kernel": 1,
+        "resnet_time_scale_shift": "scale_shift",
+        "time_embedding_type": "fourier",
+        "timestep_post_act": "gelu",
+        "time_cond_proj_dim": 128 + 24,
+    }
+    name = "StableDiffusionLatentUpscalePipeline"
+    arguments = {"image": noise(1, 4, 10, 6, seed=4)}
+    case = _class_case(name, "sd", arguments, unet=lambda: sd_unet(**unet), scheduler=SCHEDULERS["euler"])
+    return {name: replace(case, plans=("patch2", "patch3.columns", "cfg2.patch4", "patch8"))}
+
+
 def _with_controlnets() -> dict[str, Case]:
     from_text = {"image": picture(seed=1), "controlnet_conditioning_scale": 0.7}
     two = {
@@ -287,6 +312,7 @@ def _with_image_prompts() -> dict[str, Case]:
 PIPELINES = {
     **_text_to_image(),
     **_from_an_image(),
+    **_latent_upscaler(),
     **_with_controlnets(),
     **_with_adapters(),
     **_perturbed_attention(),

@@ -63,6 +63,21 @@ class UpsampleSite(Site):
     """Nearest upsampling to twice the resolution, `forward(hidden_states, output_size)`, maybe with a convolution."""
 
 
+class AdaptiveNormSite(Site):
+    """A group norm `forward(x, emb)` with `num_groups`, `eps`, and scale and shift from `linear(act(emb))`."""
+
+
+@dataclass(frozen=True)
+class ResampleSite(Site):
+    """A fixed filter `forward(x)` that halves or doubles the resolution and pads its input by reflection.
+
+    Attributes:
+        margin: rows around some input rows that reach their output; even where the resolution is halved.
+    """
+
+    margin: int
+
+
 @dataclass(frozen=True)
 class FilterSite(Site):
     """A block that scales the lowest frequencies of its skip connections [B, C, h, w] before it reads them.

@@ -7,18 +7,21 @@ from typing import Any
 
 from diffusers.models.attention_processor import Attention
 from diffusers.models.controlnets.controlnet import ControlNetConditioningEmbedding
-from diffusers.models.downsampling import Downsample2D
+from diffusers.models.downsampling import Downsample2D, KDownsample2D
+from diffusers.models.normalization import AdaGroupNorm
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.unets.unet_2d_blocks import CrossAttnUpBlock2D, UpBlock2D
-from diffusers.models.upsampling import Upsample2D
+from diffusers.models.upsampling import KUpsample2D, Upsample2D
 from torch import nn
 
 from distrifusion.anatomy.base import (
+    AdaptiveNormSite,
     AttentionSite,
     ConvSite,
     EntrySite,
     FilterSite,
     NormSite,
+    ResampleSite,
     Site,
     StackSite,
     UpsampleSite,
@@ -30,8 +33,9 @@ _POINTWISE = (nn.Linear, nn.SiLU, nn.GELU, nn.Mish, nn.ReLU, nn.Dropout, nn.Iden
 # Their own code only calls their children, adds, multiplies and reshapes.
 _CONTAINERS = {
     "ApproximateGELU", "BasicTransformerBlock", "ControlNetModel", "CrossAttnDownBlock2D", "DownBlock2D", "FeedForward",
-    "GEGLU", "GELU", "IPAdapterAttnProcessor", "IPAdapterAttnProcessor2_0", "ModuleDict", "ModuleList", "ParameterDict",
-    "ResnetBlock2D", "Sequential", "Transformer2DModel", "UNet2DConditionModel", "UNetMidBlock2D",
+    "GEGLU", "GELU", "IPAdapterAttnProcessor", "IPAdapterAttnProcessor2_0", "KAttentionBlock", "KCrossAttnDownBlock2D",
+    "KCrossAttnUpBlock2D", "KDownBlock2D", "KUpBlock2D", "ModuleDict", "ModuleList", "ParameterDict", "ResnetBlock2D",
+    "ResnetBlockCondNorm2D", "Sequential", "Transformer2DModel", "UNet2DConditionModel", "UNetMidBlock2D",
     "UNetMidBlock2DCrossAttn",
 }  # fmt: skip
 _PROCESSORS = {
@@ -62,6 +66,12 @@ def sites_of(name: str, module: nn.Module, level: int, level_out: int) -> list[S
         filtered = 0 <= module.resolution_idx < len(_FILTER_SCALES)
         scale = _FILTER_SCALES[module.resolution_idx] if filtered else ""
         return [FilterSite(name, module, level, level, scale, _FILTER_SWITCHES)] if filtered else []
+    if isinstance(module, AdaGroupNorm):
+        return [AdaptiveNormSite(name, module, level, level)]
+    if isinstance(module, KDownsample2D | KUpsample2D):
+        require(module.pad_mode == "reflect", name, module, "it pads by another rule than reflection")
+        margin = 2 if isinstance(module, KDownsample2D) else 1
+        return [ResampleSite(name, module, level, level_out, margin)]
     if isinstance(module, ControlNetConditioningEmbedding):
         return [_stack_site(name, module)]
     known = isinstance(module, _POINTWISE) or type(module).__name__ in _CONTAINERS

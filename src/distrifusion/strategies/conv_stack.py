@@ -17,7 +17,7 @@ from distrifusion.anatomy.base import StackSite
 from distrifusion.errors import ConfigError
 from distrifusion.partition import Interval
 from distrifusion.strategies.attach import Attachment
-from distrifusion.strategies.patch import PatchStrategy, _conv_without_padding, _input_rows
+from distrifusion.strategies.patch import PatchStrategy, conv_without_padding, input_rows
 
 Forward = Callable[[torch.Tensor], torch.Tensor]
 
@@ -60,7 +60,7 @@ class ConvStackStrategy:
             return forward(x)
         rows = level.bands[self._patch.step.index]
         for convs, size in zip(reversed(site.stages), reversed(sizes[:-1]), strict=True):
-            wanted = _input_rows(convs[0], dim, rows)
+            wanted = input_rows(convs[0], dim, rows)
             rows = wanted & Interval(0, size)
             self._windows.insert(0, _Window(wanted, rows))
         return forward(x.narrow(dim, rows.start, len(rows)))
@@ -70,7 +70,7 @@ class ConvStackStrategy:
             return forward(x)
         wanted, inside = self._windows[stage].wanted, self._windows[stage].inside
         edges = (inside.start - wanted.start, wanted.stop - inside.stop)
-        return _conv_without_padding(
+        return conv_without_padding(
             conv, self._patch.step.dim, F.pad(x, (0, 0, *edges) if self._patch.step.dim == 2 else edges)
         )
 

@@ -140,31 +140,31 @@ class PatchStrategy:
         if self.is_whole(x.shape[self.step.dim], level):
             return forward(x)
         assert level.bands is not None
-        want = _input_rows(site.module, self.step.dim, level.bands[self.step.index])
+        want = input_rows(site.module, self.step.dim, level.bands[self.step.index])
         inside = self._rows(self.step.entry, want & Interval(0, level.size))
         edges = (max(0, -want.start), max(0, want.stop - level.size))
         padding = (0, 0, *edges) if self.step.dim == 2 else edges
-        return _conv_without_padding(site.module, self.step.dim, F.pad(inside, padding))
+        return conv_without_padding(site.module, self.step.dim, F.pad(inside, padding))
 
     def _conv(self, site: Site, forward: Forward, x: torch.Tensor) -> torch.Tensor:
         level, level_out = self.step.levels[site.level], self.step.levels[site.level_out]
         if x is self._extended:
             self._extended = None
-            return _conv_without_padding(site.module, self.step.dim, x)
+            return conv_without_padding(site.module, self.step.dim, x)
         if self.is_whole(x.shape[self.step.dim], level):
             return forward(x)
         if level_out.bands is None:
-            return forward(self._gather_rows(site, x, level))
-        return _conv_without_padding(site.module, self.step.dim, self._halo(site, x).extend(x))
+            return forward(self.gather_rows(site, x, level))
+        return conv_without_padding(site.module, self.step.dim, self._halo(site, x).extend(x))
 
     def _halo(self, site: Site, x: torch.Tensor) -> Halo:
         """Ask for the rows of x that a convolution wants of the other bands."""
         bands, bands_out = self.step.levels[site.level].bands, self.step.levels[site.level_out].bands
         assert bands is not None and bands_out is not None
-        wants = [_input_rows(site.module, self.step.dim, band) for band in bands_out]
+        wants = [input_rows(site.module, self.step.dim, band) for band in bands_out]
         return self._exchange.halo(site.name, x, self.step.dim, bands, wants)
 
-    def _gather_rows(self, site: Site, x: torch.Tensor, level: Level) -> torch.Tensor:
+    def gather_rows(self, site: Site, x: torch.Tensor, level: Level) -> torch.Tensor:
         """All rows, always fresh: from here on the levels are too coarse to cut."""
         first = x.movedim(self.step.dim, 1)
         tokens = first.reshape(x.shape[0], first.shape[1], -1)
@@ -270,7 +270,7 @@ def _counts(bands: tuple[Interval, ...], device: torch.device) -> torch.Tensor:
     return torch.tensor([float(len(band)) for band in bands], device=device)
 
 
-def _input_rows(conv: nn.Module, dim: int, out: Interval) -> Interval:
+def input_rows(conv: nn.Module, dim: int, out: Interval) -> Interval:
     """The input rows, edges beyond the picture included, that a convolution needs for the output rows given."""
     assert isinstance(conv, nn.Conv2d)
     axis = dim - 2
@@ -297,7 +297,7 @@ def _surround(x: torch.Tensor, chain: _Chain, dim: int) -> torch.Tensor:
     return extended
 
 
-def _conv_without_padding(conv: nn.Module, dim: int, x: torch.Tensor) -> torch.Tensor:
+def conv_without_padding(conv: nn.Module, dim: int, x: torch.Tensor) -> torch.Tensor:
     """A convolution whose padding along the cut is already part of x."""
     assert isinstance(conv, nn.Conv2d)
     padding = [int(p) for p in conv.padding]

@@ -82,15 +82,18 @@ class Miss:
     Attributes:
         key: of the measure.
         seed: of the picture, None for a figure of all pictures together.
+        value: that was measured, None if it could not be.
     """
 
     key: str
     seed: int | None
-    value: float
+    value: float | None
     limit: float
 
     def __str__(self) -> str:
         measure = MEASURES[self.key]
+        if self.value is None:
+            return f"{measure.title} was not measured, so the limit of {measure.text(self.limit)} is not kept"
         where = "all pictures" if self.seed is None else f"seed {self.seed}"
         side = "below" if measure.higher_is_better else "above"
         return (
@@ -115,22 +118,19 @@ def check_limits(limits: Mapping[str, float]) -> None:
 def misses(
     limits: Mapping[str, float], pictures: Mapping[int, Mapping[str, float]], together: Mapping[str, float]
 ) -> tuple[Miss, ...]:
-    """Every limit that a value does not keep.
+    """Every limit that a value does not keep, or that nothing was measured for.
 
     Args:
         limits: by key of the measure.
         pictures: values of each picture by seed.
         together: values of all pictures together.
-
-    Raises:
-        ConfigError: if a limited measure was not taken.
     """
     found = []
     for key, limit in limits.items():
         rows: list[tuple[int | None, float]] = [(seed, own[key]) for seed, own in pictures.items() if key in own]
         rows += [(None, together[key])] if key in together else []
         if not rows:
-            raise ConfigError(f"the limit on {MEASURES[key].title} cannot be judged: it was not measured")
+            found.append(Miss(key, None, None, limit))
         found += [Miss(key, seed, value, limit) for seed, value in rows if not _kept(MEASURES[key], value, limit)]
     return tuple(found)
 

@@ -147,7 +147,7 @@ def _drift_chart(outcome: Outcome) -> str:
         lines.append(Line(_median(again), "dashed", title, label=floor.title))
     plan, num_steps = outcome.task.plan, len(lines[0].values)
     fresh = 0 if plan.exact else plan.num_synchronous
-    marks = [Mark(fresh, f"{fresh} synchronous calls")] if 0 < fresh < num_steps else []
+    marks = [Mark(fresh, "synchronous until here")] if 0 < fresh < num_steps else []
     return chart(lines, "denoising step", "relative error of the latents", log=True, marks=marks)
 
 

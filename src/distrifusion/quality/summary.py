@@ -99,8 +99,8 @@ def text(outcome: Outcome, verdict: Verdict) -> str:
 
 
 def as_data(outcome: Outcome, verdict: Verdict) -> dict[str, Any]:
-    """Everything for JSON; null stands for the infinite PSNR of equal pictures."""
-    return {
+    """Everything for JSON; null stands for what is no number, such as the infinite PSNR of equal pictures."""
+    found = {
         "passed": verdict.passed,
         "limits": dict(verdict.limits),
         "missed": [asdict(miss) for miss in verdict.misses],
@@ -113,6 +113,7 @@ def as_data(outcome: Outcome, verdict: Verdict) -> dict[str, Any]:
         "pictures": [_picture(result) for result in outcome.results],
         "noise_floors": [{"title": f.title, "pictures": [_picture(r) for r in f.results]} for f in outcome.floors],
     }
+    return _finite(found)
 
 
 def _floor(outcome: Outcome, measure: Measure) -> float | None:
@@ -126,17 +127,16 @@ def _medians(pairs: Sequence[tuple[float, float]]) -> tuple[float, float]:
 
 
 def _summary(row: Row) -> dict[str, Any]:
-    figures = {"median": row.median, "worst": row.worst, "noise_floor": row.floor}
-    return {**{name: _number(value) for name, value in figures.items()}, "worst_seed": row.worst_seed}
+    return {"median": row.median, "worst": row.worst, "worst_seed": row.worst_seed, "noise_floor": row.floor}
 
 
 def _picture(result: Result) -> dict[str, Any]:
     return {
         "seed": result.seed,
         "prompt": result.prompt,
-        **{key: _number(value) for key, value in result.values.items()},
-        "relative_latent_error_by_step": [_number(step.relative_error) for step in result.drift],
-        "latent_psnr_by_step": [_number(step.psnr) for step in result.drift],
+        **result.values,
+        "relative_latent_error_by_step": [step.relative_error for step in result.drift],
+        "latent_psnr_by_step": [step.psnr for step in result.drift],
         "seam_by_border": {str(seams.cut.split): seams.scores for seams in result.seams},
         "seam_score_in_band_middles": {str(seams.cut.split): seams.control for seams in result.seams},
         "seconds_per_step": result.seconds_per_step[0],
@@ -146,5 +146,10 @@ def _picture(result: Result) -> dict[str, Any]:
     }
 
 
-def _number(value: float | None) -> float | None:
-    return None if value is None or not math.isfinite(value) else value
+def _finite(value: Any) -> Any:
+    """The same, with None for numbers that JSON does not have."""
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

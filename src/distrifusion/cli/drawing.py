@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,8 +10,6 @@ from distrifusion.cli import options
 from distrifusion.errors import ConfigError
 
 if TYPE_CHECKING:
-    import torch
-
     from distrifusion.runtime.devices import DeviceSpec
 
 _DEMO_SIZE = (512, 512)
@@ -84,15 +81,6 @@ def dtype_keyword(name: str) -> dict[str, Any]:
         return {}
     keyword = "dtype" if Version(diffusers.__version__) >= Version("0.42") else "torch_dtype"
     return {keyword: getattr(torch, word)}
-
-
-def devices_in_words(devices: Sequence[torch.device], threads: int | None) -> str:
-    """How many of what, such as `2 CPU processes of 1 thread`."""
-    count = len(devices)
-    if devices[0].type != "cpu":
-        return f"{count} GPU{'s' * (count > 1)}"
-    words = f"{count} CPU process{'es' * (count > 1)}"
-    return words if threads is None else f"{words} of {threads} thread{'s' * (threads > 1)}"
 
 
 def refuse_torchrun(what: str) -> None:

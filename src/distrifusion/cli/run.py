@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from distrifusion.cli import options
-from distrifusion.cli.drawing import Wish, devices_in_words, dtype_keyword, quiet_libraries, refuse_torchrun
+from distrifusion.cli.drawing import Wish, dtype_keyword, quiet_libraries, refuse_torchrun
 from distrifusion.cli.editing import Edit
 from distrifusion.cli.preview import Preview
 from distrifusion.cli.spoken import cancelled_by_ctrl_c, spoken_errors
@@ -277,6 +277,8 @@ def _draw(order: Order, out: Path, compare: bool, answer: options.Format) -> Non
 def _once(pipe: LoadedPipeline, order: Order, arguments: dict[str, Any], label: str, preview: Path | None) -> Drawn:
     import diffusers
     import torch
+
+    from distrifusion.doctor.machine import devices_in_words
 
     scheduler = order.wish.scheduler_class()
     if scheduler is not None:

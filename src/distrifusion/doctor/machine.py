@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import platform
 import resource
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+import torch
 
 from distrifusion.runtime.devices import num_cores
 
@@ -79,6 +81,15 @@ def cpu_model() -> str:
 def size_in_words(num_bytes: float) -> str:
     """Bytes for a reader, such as `1.5 GiB`."""
     return f"{num_bytes / _GIB:.1f} GiB" if num_bytes >= _GIB else f"{num_bytes / 2**20:.0f} MiB"
+
+
+def devices_in_words(devices: Sequence[torch.device], threads: int | None) -> str:
+    """How many of what, such as `2 CPU processes of 1 thread`."""
+    count = len(devices)
+    if devices[0].type != "cpu":
+        return f"{count} GPU{'s' * (count > 1)}"
+    words = f"{count} CPU process{'es' * (count > 1)}"
+    return words if threads is None else f"{words} of {threads} thread{'s' * (threads > 1)}"
 
 
 def _cpu_quota() -> float | None:

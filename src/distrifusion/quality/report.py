@@ -17,7 +17,7 @@ import jinja2
 import numpy as np
 from PIL import Image
 
-from distrifusion.doctor.machine import cpu_model
+from distrifusion.doctor.machine import cpu_model, devices_in_words
 from distrifusion.doctor.versions import versions
 from distrifusion.plan import Split
 from distrifusion.quality import summary
@@ -51,11 +51,11 @@ class Circumstances:
         """Of what was drawn on this machine just now."""
         task = outcome.task
         given = task.arguments
-        where = f"{len(task.devices)} x {task.devices[0].type}, the reference 1 x {task.devices[0].type}"
         facts = {
             "model": task.source,
             "plan": str(task.plan),
-            "devices": where if task.threads is None else f"{where}; {task.threads} CPU thread(s) each",
+            "devices": devices_in_words(task.devices, task.threads),
+            "reference": devices_in_words(task.devices[:1], task.threads),
             "processor": cpu_model(),
             "size": "{} x {} pixels".format(*outcome.size),
             "steps": str(given.get("num_inference_steps", "the model's own")),

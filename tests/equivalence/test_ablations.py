@@ -34,7 +34,9 @@ def steps_of(unet: UNet2DConditionModel, num_steps: int = 4) -> list[dict[str, o
     return steps
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    "variant", [pytest.param(v, marks=pytest.mark.supports("plan", f"patch<N>.{v}")) for v in VARIANTS]
+)
 def test_a_warm_up_that_covers_the_run_is_exact(sdxl: UNet2DConditionModel, variant: str) -> None:
     assert max(errors(sdxl, f"patch3.{variant}.w4", steps_of(sdxl))) <= EXACT
 

@@ -58,7 +58,7 @@ def test_autocast_is_as_near_to_fp32_as_one_device(sdxl: UNet2DConditionModel) -
             assert EXACT < relative_error(output, reference) <= 1.25 * error
 
 
-@pytest.mark.supports("dtype", "channels-last memory")
+@pytest.mark.supports("feature", "channels_last")
 @pytest.mark.parametrize("plan", ["patch3.displaced.w1", "patch2.columns.displaced.w1", "patch8", "cfg2"])
 def test_channels_last_equals_one_device(plan: str) -> None:
     unet = sdxl_unet().to(memory_format=torch.channels_last)

@@ -52,7 +52,7 @@ FEATURES = {
     "guidance off, three images": "guidance off",
     "rescaled guidance": "guidance_rescale",
     "latents": "latents=",
-    "a callback that changes the latents": "callback that changes the latents",
+    "a callback that changes the latents": "callback that returns other latents",
 }
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from pipelines import PIPELINES, Call
+from small_pipelines import PIPELINES, Call
 from world import GlooWorld
 
 from distrifusion import Plan

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
-from pipelines import PIPELINES, SCHEDULERS, Call
+from small_pipelines import PIPELINES, SCHEDULERS, Call
 
 from distrifusion import ConfigError, PlanError, UnsupportedModel, parallelize, unparallelize
 from distrifusion.exchange.virtual import VirtualTransport, VirtualWorld

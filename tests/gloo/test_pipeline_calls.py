@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from pipelines import Call
+from small_pipelines import Call
 from work import (
     draw,
     draw_after_a_stopped_run,

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from claims import claims
-from pipelines import Call
+from small_pipelines import Call
 from work import draw
 from world import GlooWorld
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from peft import LoraConfig
+from small_pipelines import PIPELINES, Call
 from torch.distributed.device_mesh import DeviceMesh
 
 from distrifusion import Plan, RankFailed, StepTimeout, parallelize, unparallelize
@@ -19,7 +20,6 @@ from distrifusion.exchange.meeting import transport_of
 from distrifusion.exchange.shared_memory import SharedMemoryTransport
 from distrifusion.exchange.transport import Message, ProcessGroupTransport, Transport
 from models import run_request, sdxl_unet
-from pipelines import PIPELINES, Call
 
 
 def draw(mesh: DeviceMesh, family: str, scheduler: str, plan: str, *calls: Call) -> list[torch.Tensor]:

@@ -11,7 +11,7 @@ import diffusers
 import torch
 from diffusers import ControlNetModel, ControlNetUnionModel, DiffusionPipeline, T2IAdapter
 
-from gloo.pipelines import SCHEDULERS, sd_pipeline, sdxl_pipeline
+from gloo.small_pipelines import SCHEDULERS, sd_pipeline, sdxl_pipeline
 from models import image_prompt, perturb, sd_unet, sdxl_unet
 
 TWO_LEVELS: dict[str, Any] = {"block_out_channels": (16, 32)}

@@ -24,7 +24,7 @@ from PIL import Image
 from ranks import EXACT, Ranks, own_copy
 
 from distrifusion import unparallelize
-from gloo.pipelines import SCHEDULERS
+from gloo.small_pipelines import SCHEDULERS
 from models import image_prompt, relative_error
 
 SMALL = {"height": 72, "width": 88}  # 9x11 latents

@@ -13,7 +13,7 @@ from ranks import EXACT, Ranks, own_copy
 
 from distrifusion import ConfigError
 from distrifusion.in_place import denoisers_of
-from gloo.pipelines import SCHEDULERS
+from gloo.small_pipelines import SCHEDULERS
 from models import relative_error
 
 

@@ -12,7 +12,7 @@ import torch
 from diffusers import ControlNetModel, ControlNetUnionModel, DiffusionPipeline, T2IAdapter
 
 from gloo.small_pipelines import SCHEDULERS, sd_pipeline, sdxl_pipeline
-from models import image_prompt, perturb, sd_unet, sdxl_unet
+from models import image_prompt, perturb, sd2_unet, sd_unet, sdxl_unet
 
 TWO_LEVELS: dict[str, Any] = {"block_out_channels": (16, 32)}
 SDXL_BLOCKS: dict[str, Any] = {
@@ -272,11 +272,45 @@ def adapter(kind: str, factor: int, num_features: int) -> T2IAdapter:
     return perturb(net)
 
 
+def _relatives() -> dict[str, Case]:
+    """Pipelines that come free with those above, each with a plan that has guidance branches and bands."""
+    depth = {**IMAGE, "depth_map": torch.rand(1, HEIGHT, WIDTH, generator=torch.Generator().manual_seed(3))}
+    control_mode = {**IMAGE, "control_image": [picture(seed=1)], "control_mode": [1]}
+    cases = {
+        "StableDiffusionPipeline, SD 2.x": _class_case(
+            "StableDiffusionPipeline", "sd", SIZE, unet=lambda: sd2_unet(**SD_BLOCKS, attention_head_dim=(4, 8))
+        ),
+        "LatentConsistencyModelImg2ImgPipeline": _class_case(
+            "LatentConsistencyModelImg2ImgPipeline",
+            "sd",
+            IMAGE,
+            unet=lambda: sd_unet(time_cond_proj_dim=8, **SD_BLOCKS),
+            scheduler=SCHEDULERS["lcm"],
+        ),
+        "StableDiffusionDepth2ImgPipeline": _class_case(
+            "StableDiffusionDepth2ImgPipeline",
+            "sd",
+            depth,
+            unet=lambda: sd_unet(in_channels=5, **SD_BLOCKS),
+            depth_estimator=lambda: None,
+        ),
+        "StableDiffusionPanoramaPipeline": _class_case(
+            "StableDiffusionPanoramaPipeline", "sd", {"height": 136, "width": 648, "view_batch_size": 2}
+        ),
+        "StableDiffusionXLControlNetUnionImg2ImgPipeline": _class_case(
+            "StableDiffusionXLControlNetUnionImg2ImgPipeline", "sdxl", control_mode, controlnet=union
+        ),
+    }
+    return {name: replace(case, plans=("cfg2.patch3",)) for name, case in cases.items()}
+
+
 def _perturbed_attention() -> dict[str, Case]:
     plans = ("patch2", "patch3.columns")
     name, with_net = "StableDiffusionXLPAGPipeline", "StableDiffusionXLControlNetPAGPipeline"
     controlled = {"image": picture(seed=1), "controlnet_conditioning_scale": 0.7}
+    from_image = [("StableDiffusionPAGPipeline", "sd", SIZE), ("StableDiffusionXLPAGImg2ImgPipeline", "sdxl", IMAGE)]
     return {
+        **{cls: replace(_class_case(cls, kind, arguments), plans=("patch3",)) for cls, kind, arguments in from_image},
         name: replace(_class_case(name, "sdxl", SIZE), plans=plans),
         with_net: replace(_class_case(with_net, "sdxl", controlled, controlnet=lambda: control("sdxl")), plans=plans),
     }
@@ -316,5 +350,6 @@ PIPELINES = {
     **_with_controlnets(),
     **_with_adapters(),
     **_perturbed_attention(),
+    **_relatives(),
 }
 IMAGE_PROMPTS = _with_image_prompts()

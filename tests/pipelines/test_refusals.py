@@ -166,6 +166,14 @@ def test_an_attention_processor_that_the_run_itself_puts_on_is_refused() -> None
         TEXT(pipe, sag_scale=0.7)
 
 
+def test_gligen_is_refused_by_its_layer() -> None:
+    """Its gated layers attend to the picture and to boxes together."""
+    unet = sd_unet(attention_type="gated", **SD_BLOCKS)
+    pipe = own_copy(build(diffusers.StableDiffusionGLIGENPipeline, "sd", unet=unet, safety_checker=None))
+    with pytest.raises(UnsupportedModel, match=r"transformer_blocks\.0\.fuser' \(GatedSelfAttentionDense\)"):
+        divide(pipe)
+
+
 def test_controlnet_xs_is_refused_by_its_name(pipe: DiffusionPipeline) -> None:
     unet = sd_unet(layers_per_block=2, **SD_BLOCKS)
     side = ControlNetXSAdapter.from_unet(unet, size_ratio=0.5, num_attention_heads=2)

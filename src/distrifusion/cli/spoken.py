@@ -32,6 +32,9 @@ def spoken_errors() -> Iterator[None]:
         _end(str(error), INTERRUPTED)
     except OutOfMemory as error:
         _end(str(error), BAD_USE)
+    except BrokenPipeError:
+        # Whoever read the output has read enough; click ends in silence.
+        raise
     except (DistrifusionError, ValueError, OSError, ImportError) as error:
         _end(str(error), BAD_USE)
     except RuntimeError as error:

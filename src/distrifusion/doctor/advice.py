@@ -89,6 +89,11 @@ def on_gpus(gpus: Sequence[Gpu], driver: str | None, torch_cuda: str | None) -> 
         yield Finding(Level.ADVICE, says, "prefer cfg2, which sends little, and displaced plans, which hide it")
 
 
+def on_silent_torch(reason: str) -> Finding:
+    """GPUs of which nothing is known."""
+    return Finding(Level.PROBLEM, reason, "see whether nvidia-smi answers; CUDA_VISIBLE_DEVICES= leaves the GPUs out")
+
+
 def on_network(network: Network) -> Iterator[Finding]:
     """Names that lead nowhere."""
     for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):

@@ -53,12 +53,17 @@ def examine(num_ranks: int, limit: float) -> Examination:
     """
     here = machine.look()
     packages = versions.packages()
-    cards = gpus.gpus()
     net = network.look()
-    found = [
+    found: list[Finding] = []
+    cards: tuple[gpus.Gpu, ...] = ()
+    try:
+        cards = gpus.gpus()
+    except gpus.NoAnswer as silence:
+        found.append(advice.on_silent_torch(str(silence)))
+    found += [
         *advice.on_packages(packages),
         *advice.on_machine(here, num_ranks, len(cards)),
-        *advice.on_gpus(cards, gpus.driver_says(), torch.version.cuda),
+        *advice.on_gpus(cards, None if found else gpus.driver_says(), torch.version.cuda),
         *advice.on_network(net),
     ]
     links: list[round_trip.Link] = []

@@ -1,16 +1,22 @@
-"""The GPUs that torch sees, and how they reach each other."""
+"""The GPUs that torch sees, and how they reach each other.
+
+`python -m distrifusion.doctor.gpus` asks torch; `gpus` starts it, because a driver in trouble never answers.
+"""
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
-from dataclasses import dataclass
+import sys
+from dataclasses import asdict, dataclass
 
 import torch
 
-# Seconds; a driver in trouble lets nvidia-smi wait for ever.
+# Seconds for nvidia-smi, and for a process that imports torch.
 _LIMIT = 10.0
+_TORCH_LIMIT = 90.0
 
 
 @dataclass(frozen=True)
@@ -29,10 +35,27 @@ class Gpu:
     peers: tuple[int, ...]
 
 
+class NoAnswer(Exception):
+    """Torch did not say which GPUs there are; says why."""
+
+
 def gpus() -> tuple[Gpu, ...]:
-    """All GPUs that torch can use; none without CUDA."""
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    return tuple(_gpu(index, count) for index in range(count))
+    """All GPUs that torch can use; none where torch is built without CUDA.
+
+    Raises:
+        NoAnswer: if torch fails, or says nothing for a minute and a half.
+    """
+    if torch.version.cuda is None:
+        return ()
+    words = [sys.executable, "-m", "distrifusion.doctor.gpus"]
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=_TORCH_LIMIT)
+    except subprocess.TimeoutExpired:
+        raise NoAnswer(f"torch did not say within {_TORCH_LIMIT:.0f} s which GPUs there are") from None
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+        raise NoAnswer(f"torch could not say which GPUs there are: {lines[-1]}")
+    return tuple(Gpu(**{**row, "peers": tuple(row["peers"])}) for row in json.loads(done.stdout))
 
 
 def driver_says() -> str | None:
@@ -59,6 +82,12 @@ def parse_topology(text: str) -> dict[str, str]:
     return found
 
 
+def main() -> None:
+    """Print the GPUs that torch can use."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    print(json.dumps([asdict(_gpu(index, count)) for index in range(count)]))
+
+
 def _gpu(index: int, count: int) -> Gpu:
     properties = torch.cuda.get_device_properties(index)
     free, total = torch.cuda.mem_get_info(index)
@@ -81,3 +110,7 @@ def _nvidia_smi(*words: str) -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 and done.stdout.strip() else None
+
+
+if __name__ == "__main__":
+    main()

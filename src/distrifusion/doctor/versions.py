@@ -44,9 +44,9 @@ class Package:
 
 
 def packages() -> tuple[Package, ...]:
-    """Everything that distrifusion's metadata names, but what only its developers need."""
+    """Everything that distrifusion's metadata names, but what only its developers need; none if it is not installed."""
     found: dict[str, Package] = {}
-    for text in metadata.requires(_OURS) or ():
+    for text in (metadata.requires(_OURS) or ()) if installed(_OURS) else ():
         requirement = Requirement(text)
         extra = _extra(requirement)
         if extra == "dev" or requirement.name in (*found, _OURS):

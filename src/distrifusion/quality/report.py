@@ -7,7 +7,7 @@ import datetime
 import io
 import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -22,6 +22,7 @@ from distrifusion.doctor.versions import versions
 from distrifusion.plan import Split
 from distrifusion.quality import summary
 from distrifusion.quality.comparison import Result
+from distrifusion.quality.drift import StepDrift
 from distrifusion.quality.measures import MEASURES
 from distrifusion.quality.panel import error_map
 from distrifusion.quality.plots import Line, Mark, chart
@@ -95,7 +96,8 @@ def _page(outcome: Outcome, verdict: Verdict, circumstances: Circumstances, shel
         measures=MEASURES,
         speed=summary.speed(outcome),
         pictures=[_picture(outcome, result, shelf) for result in shown],
-        drift=_drift_chart(outcome),
+        drift=_drift_chart(outcome, "relative error of the latents", lambda step: step.relative_error, log=True),
+        drift_psnr=_drift_chart(outcome, "PSNR of the latents, dB", lambda step: step.psnr, log=False),
         seam_charts=[_seam_chart(outcome, index) for index in range(len(outcome.cuts))],
         control=statistics.median([s for r in outcome.results for seams in r.seams for s in seams.control] or [1.0]),
     )
@@ -134,21 +136,21 @@ def _inline(picture: Image.Image) -> str:
     return "data:image/webp;base64," + base64.b64encode(stream.getvalue()).decode("ascii")
 
 
-def _drift_chart(outcome: Outcome) -> str:
-    """Relative error of the latents after every step, one line per seed, their median, and the noise floors."""
-    curves = {r.seed: [step.relative_error for step in r.drift] for r in outcome.results if r.drift}
+def _drift_chart(outcome: Outcome, y_title: str, value: Callable[[StepDrift], float], log: bool) -> str:
+    """A figure of the latents after every step: one line per seed, their median, and the noise floors."""
+    curves = {r.seed: [value(step) for step in r.drift] for r in outcome.results if r.drift}
     if not curves:
         return ""
     lines = [Line(curve, "thin", f"seed {seed}") for seed, curve in curves.items()]
     lines.append(Line(_median(list(curves.values())), "bold", "median of all seeds"))
     for floor in outcome.floors:
-        again = [[step.relative_error for step in result.drift] for result in floor.results]
+        again = [[value(step) for step in result.drift] for result in floor.results]
         title = f"noise floor: one device, {floor.title}"
         lines.append(Line(_median(again), "dashed", title, label=floor.title))
     plan, num_steps = outcome.task.plan, len(lines[0].values)
     fresh = 0 if plan.exact else plan.num_synchronous
     marks = [Mark(fresh, "synchronous until here")] if 0 < fresh < num_steps else []
-    return chart(lines, "denoising step", "relative error of the latents", log=True, marks=marks)
+    return chart(lines, "denoising step", y_title, log=log, marks=marks)
 
 
 def _seam_chart(outcome: Outcome, index: int) -> str:

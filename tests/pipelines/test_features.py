@@ -193,6 +193,13 @@ def test_a_controlnets_residuals_are_not_joined_where_the_unet_is_divided_alike(
     assert net.exchange.bytes_sent["exit"] > 0
 
 
+def test_residuals_that_could_be_of_two_resolutions_are_refused() -> None:
+    """One latent across, half of the finest resolution has the size of the whole of the next."""
+    narrow = {"image": picture(32, 8), "height": 32, "width": 8}
+    with pytest.raises(ConfigError, match="one latent across need a plan without bands"):
+        Ranks(CONTROL.make(), "patch2").draw(lambda pipe: CONTROL(pipe, **narrow))
+
+
 def test_a_control_image_of_another_size_is_named() -> None:
     case = PIPELINES["StableDiffusionControlNetPipeline"]
     ranks = Ranks(case.make(), "patch2")

@@ -55,12 +55,12 @@ def expected(pipe: SpawnedPipeline) -> torch.Tensor:
 
 
 @pytest.fixture(scope="module")
-def answers() -> Iterator[list[float]]:
-    """Seconds until each fault was answered; the long run shows them."""
-    seconds: list[float] = []
+def answers() -> Iterator[dict[str, list[float]]]:
+    """Seconds until each fault was answered, by its kind; `pytest -s` shows them."""
+    seconds: dict[str, list[float]] = {}
     yield seconds
-    if seconds:
-        print(f"\n{len(seconds)} faults, the longest answer took {max(seconds):.1f} s")
+    for fault, taken in sorted(seconds.items()):
+        print(f"\n{fault}: {len(taken)} times, the longest answer took {max(taken):.1f} s", end="")
 
 
 def draw(pipe: SpawnedPipeline, **arguments: Any) -> torch.Tensor:
@@ -71,20 +71,20 @@ def draw(pipe: SpawnedPipeline, **arguments: Any) -> torch.Tensor:
 
 @pytest.mark.parametrize("number", range(NUM_FAULTS))
 def test_a_fault_is_answered_and_forgotten(
-    pipe: SpawnedPipeline, order: Path, expected: torch.Tensor, answers: list[float], number: int
+    pipe: SpawnedPipeline, order: Path, expected: torch.Tensor, answers: dict[str, list[float]], number: int
 ) -> None:
     chance = random.Random(number)
     inject = chance.choice([on_order, on_order, from_a_callback, from_outside])
     pids = pipe.pids
     began = time.monotonic()
-    inject(chance, pipe, order, expected)
-    answers.append(time.monotonic() - began)
+    fault = inject(chance, pipe, order, expected)
+    answers.setdefault(fault, []).append(time.monotonic() - began)
     assert torch.equal(draw(pipe), expected)
     assert gone_within(set(pids) - set(pipe.pids), 10)
 
 
-def on_order(chance: random.Random, pipe: SpawnedPipeline, order: Path, expected: torch.Tensor) -> None:
-    """A rank fails by itself, at a place that it chose."""
+def on_order(chance: random.Random, pipe: SpawnedPipeline, order: Path, expected: torch.Tensor) -> str:
+    """A rank fails by itself at a place of the call. Returns the fault, as the other two do."""
     place = chance.choice(PLACES)
     in_loop = place in ("loop", "middle")
     fault = chance.choice([*ERRORS, "raise", "memory", "kill", "stop"])
@@ -96,9 +96,10 @@ def on_order(chance: random.Random, pipe: SpawnedPipeline, order: Path, expected
     order.unlink()
     assert type(error) is ERRORS[fault], (what, error)
     assert (error.rank, error.step) == (what.rank, what.passed if in_loop else None), (what, error)
+    return fault
 
 
-def from_a_callback(chance: random.Random, pipe: SpawnedPipeline, order: Path, expected: torch.Tensor) -> None:
+def from_a_callback(chance: random.Random, pipe: SpawnedPipeline, order: Path, expected: torch.Tensor) -> str:
     """A rank is killed or stopped while all wait for the caller, or the call is cancelled there."""
     fault, rank, when = chance.choice(["kill", "stop", "cancel"]), chance.randrange(NUM_RANKS), chance.randrange(2)
 
@@ -112,9 +113,10 @@ def from_a_callback(chance: random.Random, pipe: SpawnedPipeline, order: Path, e
         assert type(error) is Cancelled and error.step == when, error
     else:
         assert type(error) is RankFailed and (error.rank, error.step) == (rank, when), (fault, error)
+    return fault
 
 
-def from_outside(chance: random.Random, pipe: SpawnedPipeline, order: Path, expected: torch.Tensor) -> None:
+def from_outside(chance: random.Random, pipe: SpawnedPipeline, order: Path, expected: torch.Tensor) -> str:
     """A rank is killed or stopped, or the call is cancelled, at any time of a call: it may be over by then."""
     fault, rank = chance.choice(["kill", "stop", "cancel"]), chance.randrange(NUM_RANKS)
     pid = pipe.pids[rank]
@@ -132,3 +134,4 @@ def from_outside(chance: random.Random, pipe: SpawnedPipeline, order: Path, expe
         assert type(answer) is Cancelled, answer
     else:
         assert type(answer) is RankFailed and answer.rank == rank, (fault, answer)
+    return fault

@@ -72,7 +72,7 @@ class InProcessPipeline(LoadedPipeline):
         attributes.replace(self._pipe, name, value)
 
     def _end(self) -> None:
-        del self._pipe.progress_bar
+        vars(self._pipe).pop("progress_bar", None)
         self.__dict__["_pipe"] = None
         if self._ends_group:
             dist.destroy_process_group()

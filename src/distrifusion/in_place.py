@@ -64,7 +64,8 @@ def parallelize(
             f"plan '{plan}': {type(pipe).__name__} divides the batch itself, inside its attention, and cfg2 would cut "
             f"it before; use 'patch{plan.num_ranks}'"
         )
-    transport = _transport(plan, mesh, pipe.device)
+    shared = _division_of(pipe.unet)
+    transport = shared.exchange.transport if shared else _transport(plan, mesh, pipe.device)
     plan.check_devices(transport.world_size)
     denoisers: list[ParallelDenoiser] = []
     try:
@@ -131,7 +132,7 @@ def _divided_models(pipe: Any) -> dict[str, nn.Module]:
 
 def _divide(model: nn.Module, plan: Plan, transport: Transport, prefix: str) -> ParallelDenoiser:
     """Divide a model, or join the division that it has from another pipeline."""
-    denoiser = ParallelDenoiser.dividing(model)
+    denoiser = _division_of(model)
     if denoiser is None:
         if hasattr(model, "_hf_hook"):
             raise ConfigError(
@@ -147,6 +148,16 @@ def _divide(model: nn.Module, plan: Plan, transport: Transport, prefix: str) -> 
             f"that plan instead of '{plan}', or call unparallelize on the other pipeline first"
         )
     return denoiser
+
+
+def _division_of(model: nn.Module) -> ParallelDenoiser | None:
+    """The division that a model has for another pipeline; one whose pipelines are all gone is undone."""
+    denoiser = ParallelDenoiser.dividing(model)
+    if denoiser is None or denoiser.holders:
+        return denoiser
+    denoiser.check_outermost()
+    denoiser.detach()
+    return None
 
 
 def _leave(denoisers: Sequence[ParallelDenoiser], pipe: DiffusionPipeline) -> None:

@@ -116,6 +116,18 @@ def test_a_made_pipeline_that_is_gone_holds_nothing(plain: DiffusionPipeline) ->
     assert not any(divided(pipe) for pipe in ranks.pipes)
 
 
+def test_the_plan_of_a_pipeline_that_is_gone_does_not_bind(plain: DiffusionPipeline) -> None:
+    ranks = Ranks(plain, "patch2")
+    made = ranks.each(AutoPipelineForImage2Image.from_pipe)
+    ranks.pipes.clear()
+    gc.collect()
+    pairs = zip(made, ranks.transports, strict=True)
+    again = [parallelize(pipe, "cfg2", transport) for pipe, transport in pairs]
+    reference = IMAGE(AutoPipelineForImage2Image.from_pipe(own_copy(plain)))
+    assert ranks.error(IMAGE, reference, again) <= EXACT
+    assert str(denoiser_of(again[0]).plan) == "cfg2"
+
+
 def test_a_failed_division_of_the_controlnet_restores_the_unet() -> None:
     pipe = CONTROL.make()
     pipe.controlnet.mid_block.resnets[0].conv1.padding_mode = "circular"

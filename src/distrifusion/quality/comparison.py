@@ -54,7 +54,9 @@ def compare(
     """
     picture, reference = ours.picture, theirs.picture
     curve = drift(ours.latents, theirs.latents)
-    values = {"psnr": metrics.psnr(picture, reference), "ssim": metrics.ssim(picture, reference)}
+    values = {"psnr": metrics.psnr(picture, reference)}
+    if min(picture.size) >= metrics.SSIM_PIXELS:
+        values["ssim"] = metrics.ssim(picture, reference)
     if min(picture.size) >= metrics.MS_SSIM_PIXELS:
         values["ms_ssim"] = metrics.ms_ssim(picture, reference)
     if curve:

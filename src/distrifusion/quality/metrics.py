@@ -15,6 +15,8 @@ from distrifusion.errors import ConfigError
 
 Picture = Image.Image | np.ndarray
 
+# The window of SSIM.
+SSIM_PIXELS = 11
 # Five scales, each half the one before, and SSIM's window of 11 on the coarsest.
 MS_SSIM_PIXELS = 176
 
@@ -36,10 +38,10 @@ def psnr(picture: Picture, reference: Picture) -> float:
 def ssim(picture: Picture, reference: Picture) -> float:
     """Structural similarity in -1..1, 1 for equal pictures (Wang et al. 2004: Gaussian window of 11, sigma 1.5).
 
-    Args and errors as for `psnr`; pictures below 11 pixels in height or width are an error too.
+    Args and errors as for `psnr`; pictures below `SSIM_PIXELS` in height or width are an error too.
     """
     first, second = _pair(picture, reference)
-    if min(first.shape[-2:]) < 11:
+    if min(first.shape[-2:]) < SSIM_PIXELS:
         height, width = first.shape[-2:]
         raise ConfigError(f"a picture of {width}x{height} is smaller than the 11x11 window of SSIM")
     value = structural_similarity_index_measure(first, second, data_range=1.0)

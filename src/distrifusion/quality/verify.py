@@ -223,6 +223,7 @@ def _floor(studio: _Studio, title: str, threads: int | None, keywords: Mapping[s
 def _skipped(task: Task, result: Result) -> dict[str, str]:
     """Why a measure is missing that a reader may look for."""
     reasons = {
+        "ssim": f"a side of the picture is below {metrics.SSIM_PIXELS} pixels",
         "ms_ssim": f"a side of the picture is below {metrics.MS_SSIM_PIXELS} pixels",
         "latent_error": "the pipeline does not call back after a step",
         "seam": "the plan does not cut the picture",

@@ -96,33 +96,29 @@ SHOWN: dict[str, Change] = {
 HIDDEN: dict[str, Change] = {"unfused and disabled": unfused, "unloaded": unloaded}
 
 
-def lines(order: str, changes: dict[str, Change]) -> list[Any]:
-    """Kind and change, with the line of the support matrix that each proves."""
+def lines(order: str, changes: dict[str, Change], families: tuple[str, str]) -> list[Any]:
+    """Family, kind and change, with the line of the support matrix that each proves."""
     return [
-        pytest.param(kind, name, marks=pytest.mark.supports("adapter", f"LoRA on {kind}, {name}, {order}"))
-        for kind in KINDS
+        pytest.param(family, kind, name, marks=pytest.mark.supports("adapter", f"LoRA on {kind}, {name}, {order}"))
+        for family, kind in zip(families, KINDS, strict=True)
         for name in changes
     ]
 
 
-@pytest.mark.parametrize(("kind", "name"), lines("before", SHOWN))
-@pytest.mark.parametrize(("family", "plan"), [("sdxl", "cfg2.patch2"), ("sd", "patch3")])
-def test_lora_before_parallelizing(
-    plain: dict[str, Any], files: Files, family: str, plan: str, kind: str, name: str
-) -> None:
+@pytest.mark.parametrize(("family", "kind", "name"), lines("before", SHOWN, ("sd", "sdxl")))
+def test_lora_before_parallelizing(plain: dict[str, Any], files: Files, family: str, kind: str, name: str) -> None:
     pipe, without = plain[family]
     adapted = own_copy(pipe)
     SHOWN[name](adapted, files[family, kind, 1], files[family, kind, 2])
-    ranks = Ranks(adapted, plan)
+    ranks = Ranks(adapted, "cfg2.patch2")
     reference = CASES[family](adapted)
     assert relative_error(reference, without) > 1e-2
     assert ranks.error(CASES[family], reference) <= EXACT
 
 
-@pytest.mark.parametrize(("kind", "name"), lines("after", {**SHOWN, **HIDDEN}))
-@pytest.mark.parametrize(("family", "plan"), [("sdxl", "patch3"), ("sd", "cfg2.patch2.columns")])
+@pytest.mark.parametrize(("family", "kind", "name"), lines("after", {**SHOWN, **HIDDEN}, ("sdxl", "sd")))
 def test_lora_between_the_calls_of_a_parallelized_pipeline(
-    plain: dict[str, Any], files: Files, family: str, plan: str, kind: str, name: str
+    plain: dict[str, Any], files: Files, family: str, kind: str, name: str
 ) -> None:
     pipe, without = plain[family]
     case: Case = CASES[family]
@@ -130,7 +126,7 @@ def test_lora_between_the_calls_of_a_parallelized_pipeline(
     one = own_copy(pipe)
     change(one, *pair)
     reference = case(one)
-    ranks = Ranks(pipe, plan)
+    ranks = Ranks(pipe, "patch3")
     if name == "hot-swapped":  # between two calls that both have an adapter
         ranks.each(lambda own: load(own, pair[0]))
         ranks.draw(case)

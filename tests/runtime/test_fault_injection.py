@@ -43,7 +43,7 @@ def order(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def pipe(sdxl_folder: Path, order: Path) -> Iterator[SpawnedPipeline]:
     plan = f"patch{NUM_RANKS}.displaced.w1"
-    with load(faulty(sdxl_folder, order), devices=NUM_RANKS, plan=plan, step_timeout=8) as pipe:
+    with load(faulty(sdxl_folder, order), devices=NUM_RANKS, plan=plan, step_timeout=6) as pipe:
         assert isinstance(pipe, SpawnedPipeline)
         pipe.set_progress_bar_config(disable=True)
         yield pipe

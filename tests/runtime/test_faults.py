@@ -31,7 +31,7 @@ def order(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def pipe(sdxl_folder: Path, order: Path) -> Iterator[SpawnedPipeline]:
-    with load(faulty(sdxl_folder, order), devices=2, plan="patch2", step_timeout=10) as pipe:
+    with load(faulty(sdxl_folder, order), devices=2, plan="patch2", step_timeout=6) as pipe:
         assert isinstance(pipe, SpawnedPipeline)
         pipe.set_progress_bar_config(disable=True)
         pipe.scheduler = diffusers.EulerDiscreteScheduler.from_config(pipe.scheduler.config)
@@ -59,7 +59,7 @@ def draw(pipe: SpawnedPipeline, **arguments: Any) -> torch.Tensor:
         (Order("memory", "middle", passed=2), *MEMORY, 2),
         (Order("kill", "loop", passed=2), *KILLED, 2),
         (Order("stop", "loop", passed=2), *STOPPED, 2),
-        (Order("hang", "loop", passed=2), StepTimeout, "no rank moved on for 10 s; rank 1 is last, {}, after exc", 2),
+        (Order("hang", "loop", passed=2), StepTimeout, "no rank moved on for 6 s; rank 1 is last, {}, after exc", 2),
         (Order("memory", "vae"), *MEMORY, None),
         (Order("stop", "vae"), *STOPPED, None),
         (Order("raise", "setting"), *RAISED, None),

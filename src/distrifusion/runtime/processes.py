@@ -234,11 +234,12 @@ def _ending(code: int | None) -> str:
 
 
 def _imports(source: Source) -> str:
-    """Modules for the fork server: all that ranks need, and the pipelines that the caller has imported."""
-    names = [name for name in sys.modules if name.startswith("diffusers.pipelines.")]
-    if source.facts is not None and source.facts.cls.__module__.startswith("diffusers."):
-        names.append(source.facts.cls.__module__)
-    return ",".join(["distrifusion.runtime.worker", *dict.fromkeys(names)])
+    """Modules for the fork server: the pipeline; for a factory, the pipelines that the caller imported."""
+    if source.facts is None:
+        names = [name for name in sys.modules if name.startswith("diffusers.pipelines.")]
+    else:
+        names = [source.facts.cls.__module__]
+    return ",".join(["distrifusion.runtime.worker", *names])
 
 
 def _verbosity() -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -59,11 +60,7 @@ def parallelize(
         raise ConfigError("this pipeline is parallelized already; call unparallelize(pipe) first")
     if getattr(pipe, "unet", None) is None:
         raise UnsupportedModel(f"{type(pipe).__name__} has no unet; only U-Net pipelines can be parallelized")
-    if plan.cfg > 1 and isinstance(pipe, PAGMixin):
-        raise PlanError(
-            f"plan '{plan}': {type(pipe).__name__} divides the batch itself, inside its attention, and cfg2 would cut "
-            f"it before; use 'patch{plan.num_ranks}'"
-        )
+    check_class(type(pipe), plan)
     shared = _division_of(pipe.unet)
     transport = shared.exchange.transport if shared else _transport(plan, mesh, pipe.device)
     plan.check_devices(transport.world_size)
@@ -79,6 +76,26 @@ def parallelize(
     setattr(pipe, _HANDLE, tuple(denoisers))
     pipe.__class__ = _parallel_class(type(pipe))
     return pipe
+
+
+def check_class(cls: type, plan: Plan) -> None:
+    """Check what a pipeline's class alone says of whether a plan can divide it, before any weight is read.
+
+    Raises:
+        PlanError: if its pipelines divide their batch themselves and the plan does so too.
+        UnsupportedModel: if its pipelines have no U-Net and the plan needs several ranks.
+    """
+    if plan.cfg > 1 and issubclass(cls, PAGMixin):
+        raise PlanError(
+            f"plan '{plan}': {cls.__name__} divides the batch itself, inside its attention, and cfg2 would cut it "
+            f"before; use 'patch{plan.num_ranks}'"
+        )
+    parameters = inspect.signature(cls).parameters
+    open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    if plan.num_ranks > 1 and "unet" not in parameters and not open_ended:
+        raise UnsupportedModel(
+            f"{cls.__name__} has no unet; only U-Net pipelines can be parallelized, and this one runs on one device"
+        )
 
 
 def unparallelize(pipe: DiffusionPipeline) -> DiffusionPipeline:

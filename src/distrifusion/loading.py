@@ -68,6 +68,7 @@ def load(
     where, chosen = device_specs.resolve(devices, wanted)
     group_backend = _group_backend(backend, where[0])
     found = sources.find(source, from_pretrained)
+    found.check_plan(chosen)
     if len(where) == 1:
         return InProcessPipeline(found.open(where[0]), chosen, where, threads)
     threads = threads or device_specs.threads_per_rank(where)
@@ -86,6 +87,7 @@ def _join(
     step_timeout: float,
 ) -> LoadedPipeline:
     plan = device_specs.check_world(devices, wanted, place.world_size)
+    found.check_plan(plan)
     device = place.device(devices)
     joined = place.join(_group_backend(backend, device), device, step_timeout)
     pipe = found.open(device)

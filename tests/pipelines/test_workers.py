@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from lora_files import write_lora
 from PIL import Image
 from ranks import EXACT, Ranks
 
-from distrifusion import ConfigError, load
+from distrifusion import ConfigError, PlanError, UnsupportedModel, load
 from distrifusion.runtime import call_checks
 from distrifusion.runtime.source import PipelineFacts
 from models import relative_error
@@ -133,6 +134,21 @@ def test_two_controlnets_on_workers(tmp_path: Path, plan: str) -> None:
             assert error <= EXACT if ranks.plan.exact else EXACT < error < 0.3
         with pytest.raises(ConfigError, match=r"did you mean control_guidance_end="):
             draw(pipe, control_guidence_end=1.0, **controls)
+
+
+@pytest.mark.parametrize(
+    ("cls", "plan", "words"),
+    [
+        ("StableDiffusionXLPAGPipeline", "cfg2", "use 'patch2'"),
+        ("FluxPipeline", "patch2", "FluxPipeline has no unet; only U-Net pipelines can be parallelized"),
+    ],
+)
+def test_a_class_that_a_plan_cannot_divide_is_refused_before_weights_are_read(
+    tmp_path: Path, cls: str, plan: str, words: str
+) -> None:
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": cls, "_diffusers_version": "0.42.0"}))
+    with pytest.raises((PlanError, UnsupportedModel), match=words):
+        load(tmp_path, devices=2, plan=plan)
 
 
 @pytest.mark.parametrize(

@@ -63,9 +63,8 @@ def sites_of(name: str, module: nn.Module, level: int, level_out: int) -> list[S
         require(module.use_conv and module.padding == 1, name, module, "it has no padded convolution")
         return []
     if isinstance(module, CrossAttnUpBlock2D | UpBlock2D):
-        filtered = 0 <= module.resolution_idx < len(_FILTER_SCALES)
-        scale = _FILTER_SCALES[module.resolution_idx] if filtered else ""
-        return [FilterSite(name, module, level, level, scale, _FILTER_SWITCHES)] if filtered else []
+        scale = dict(enumerate(_FILTER_SCALES)).get(module.resolution_idx)
+        return [FilterSite(name, module, level, level, scale, _FILTER_SWITCHES)] if scale else []
     if isinstance(module, AdaGroupNorm):
         return [AdaptiveNormSite(name, module, level, level)]
     if isinstance(module, KDownsample2D | KUpsample2D):

@@ -16,6 +16,8 @@ import torch
 
 from distrifusion import demo
 from distrifusion.errors import ConfigError
+from distrifusion.in_place import check_class
+from distrifusion.plan import Plan
 
 _INDEX = "model_index.json"
 # What DiffusionPipeline.from_pretrained takes by name out of its **kwargs.
@@ -53,6 +55,15 @@ class Source:
     origin: str | Callable[[], Any]
     keywords: Mapping[str, Any]
     facts: PipelineFacts | None
+
+    def check_plan(self, plan: Plan) -> None:
+        """Check whether a plan can divide such a pipeline, as far as its class says.
+
+        Raises:
+            PlanError, UnsupportedModel: if it cannot.
+        """
+        if self.facts is not None:
+            check_class(self.facts.cls, plan)
 
     def open(self, device: torch.device) -> diffusers.DiffusionPipeline:
         """Read the weights and place the pipeline on `device`.

@@ -84,6 +84,7 @@ def test_pictures_and_outputs(two: SpawnedPipeline) -> None:
     assert images.shape == (1, 64, 64, 3)
 
 
+@pytest.mark.supports("feature", "callback_on_step_end that changes latents, across processes")
 def test_callback_runs_here_and_its_changes_hold_on_all_ranks(one: Any, two: SpawnedPipeline) -> None:
     seen: list[tuple[int, int, int]] = []
 
@@ -130,12 +131,14 @@ def test_callback_gets_the_tensors_it_asks_for(two: SpawnedPipeline) -> None:
     assert seen == asked
 
 
+@pytest.mark.supports("feature", "diffusers' own callback objects")
 def test_diffusers_own_callback_objects(one: Any, two: SpawnedPipeline) -> None:
     cutoff = diffusers.callbacks.SDXLCFGCutoffCallback(cutoff_step_ratio=None, cutoff_step_index=1)
     alone, shared = both(one, two, callback_on_step_end=cutoff)
     assert relative_error(shared, alone) < EXACT
 
 
+@pytest.mark.supports("feature", "pipe._interrupt set by a callback")
 def test_interrupt_from_a_callback(one: Any, two: SpawnedPipeline) -> None:
     steps: list[int] = []
 
@@ -149,6 +152,7 @@ def test_interrupt_from_a_callback(one: Any, two: SpawnedPipeline) -> None:
     assert relative_error(shared, alone) < EXACT
 
 
+@pytest.mark.supports("feature", "previews decoded by a callback")
 def test_callback_can_look_at_the_scheduler_and_decode_a_preview(two: SpawnedPipeline) -> None:
     previews: list[torch.Tensor] = []
 
@@ -187,6 +191,7 @@ def test_a_callback_cannot_call_its_pipeline(two: SpawnedPipeline) -> None:
         two("a", num_inference_steps=1, callback_on_step_end=close)
 
 
+@pytest.mark.supports("feature", "progress bar, set_progress_bar_config")
 def test_progress_bar_is_drawn_here(two: SpawnedPipeline) -> None:
     two.set_progress_bar_config(desc="painting", mininterval=0)
     with redirect_stderr(io.StringIO()) as shown:
@@ -198,6 +203,7 @@ def test_progress_bar_is_drawn_here(two: SpawnedPipeline) -> None:
     assert shown.getvalue() == ""
 
 
+@pytest.mark.supports("feature", "several threads call one pipeline")
 def test_threads_are_served_one_after_the_other(two: SpawnedPipeline) -> None:
     def draw(seed: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(seed)

@@ -37,7 +37,7 @@ class Traces:
             Counter(children(os.getpid())),
             len(os.listdir("/proc/self/task")),
             Counter(targets()),
-            Counter(unused_shared_memory()),
+            Counter(shared_memory()),
         )
 
     def since(self, before: Traces) -> list[Any]:
@@ -55,15 +55,9 @@ def targets() -> Iterator[str]:
             yield os.readlink(f"/proc/self/fd/{fd}").partition(":[")[0]
 
 
-def unused_shared_memory() -> Iterator[str]:
-    """What lies in shared memory and no running program uses."""
-    maps = ""
-    for entry in Path("/proc").glob("[0-9]*/maps"):
-        with suppress(OSError):
-            maps += entry.read_text()
-    for name in os.listdir("/dev/shm"):
-        if f"/dev/shm/{name}" not in maps:
-            yield name
+def shared_memory() -> list[str]:
+    """Names in shared memory; semaphores are those of other programs' multiprocessing, which nothing here uses."""
+    return [name for name in os.listdir("/dev/shm") if not name.startswith("sem.")]
 
 
 def children(pid: int) -> list[int]:

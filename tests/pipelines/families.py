@@ -9,7 +9,7 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import ControlNetModel, ControlNetUnionModel, DiffusionPipeline, T2IAdapter
+from diffusers import ControlNetModel, ControlNetUnionModel, DiffusionPipeline, MultiAdapter, T2IAdapter
 
 from gloo.small_pipelines import SCHEDULERS, sd_pipeline, sdxl_pipeline
 from models import image_prompt, perturb, sd2_unet, sd_unet, sdxl_unet
@@ -256,6 +256,13 @@ def _with_adapters() -> dict[str, Case]:
             "sdxl",
             xl,
             adapter=lambda: adapter("full_adapter_xl", 16, 4),
+            unet=sdxl_unet,
+        ),
+        "StableDiffusionXLAdapterPipeline, two adapters": _class_case(
+            "StableDiffusionXLAdapterPipeline",
+            "sdxl",
+            {**xl, "image": [picture(208, 144), picture(208, 144, seed=2)], "adapter_conditioning_scale": [0.8, 0.3]},
+            adapter=lambda: MultiAdapter([adapter("full_adapter_xl", 16, 4) for _ in range(2)]),
             unet=sdxl_unet,
         ),
         "StableDiffusionAdapterPipeline": _class_case(

@@ -11,21 +11,22 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from families import PIPELINES
+from families import PIPELINES, noise
 from lora_files import write_lora
 from PIL import Image
 from ranks import EXACT, Ranks
+from safetensors.torch import save_file
 
 from distrifusion import ConfigError, PlanError, UnsupportedModel, load
 from distrifusion.runtime import call_checks
 from distrifusion.runtime.source import PipelineFacts
-from models import relative_error
+from models import image_prompt, relative_error
 
 
 def pil(seed: int) -> Image.Image:
     """A picture of noise, 136x200 pixels."""
-    noise = np.random.default_rng(seed).integers(0, 256, (200, 136, 3), dtype=np.uint8)
-    return Image.fromarray(noise)
+    pixels = np.random.default_rng(seed).integers(0, 256, (200, 136, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
 
 
 def draw(pipe: Any, **arguments: Any) -> torch.Tensor:
@@ -101,6 +102,23 @@ def test_lora_on_workers(image_to_image: Any, one: Any, tmp_path: Path) -> None:
         assert relative_error(draw(image_to_image, **PICTURES), drawn[-1]) <= EXACT
     assert relative_error(drawn[0], plain) > 1e-3 and relative_error(drawn[1], drawn[0]) > 1e-3
     assert relative_error(drawn[-1], plain) <= EXACT
+
+
+def test_an_image_prompt_on_workers(image_to_image: Any, one: Any, tmp_path: Path) -> None:
+    """Loaded from a file on every rank, weighed, and taken off."""
+    weights = {f"{part}.{name}": t for part, tensors in image_prompt(one.unet).items() for name, t in tensors.items()}
+    save_file(weights, tmp_path / "adapter.safetensors")
+    plain = draw(one, **PICTURES)
+    place = {"subfolder": "", "weight_name": "adapter.safetensors", "image_encoder_folder": None}
+    for pipe in (image_to_image, one):
+        pipe.load_ip_adapter(str(tmp_path), **place)
+        pipe.set_ip_adapter_scale(0.6)
+    prompted = {**PICTURES, "ip_adapter_image_embeds": [noise(2, 1, 10, seed=7)]}
+    reference = draw(one, **prompted)
+    assert relative_error(reference, plain) > 1e-3
+    assert relative_error(draw(image_to_image, **prompted), reference) <= EXACT
+    image_to_image.unload_ip_adapter()
+    assert relative_error(draw(image_to_image, **PICTURES), plain) <= EXACT
 
 
 def test_freeu_on_workers(image_to_image: Any, one: Any) -> None:

@@ -14,7 +14,10 @@ from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
 from shell import run
 
+from distrifusion.cli.drawing import Wish
+from distrifusion.cli.editing import Edit
 from distrifusion.cli.preview import Preview
+from distrifusion.cli.run import Order
 from distrifusion.quality.metrics import psnr
 
 
@@ -111,6 +114,14 @@ def test_a_preview_is_decoded_every_few_steps_and_written_by_rank_0(tmp_path: Pa
             Preview(tmp_path / f"{rank}.png", 3, rank)(pipe, step, None, {"latents": torch.ones(2, 4, 8, 8)})
         assert len(vae.decoded) == 2 and torch.equal(vae.decoded[0], torch.full((1, 4, 8, 8), 0.5))
     assert [path.name for path in tmp_path.iterdir()] == ["0.png"]
+
+
+@pytest.mark.parametrize(("typed", "size"), [(None, (96, 80)), ("64x128", (64, 128))])
+def test_a_picture_keeps_its_size_unless_one_is_typed(files: Path, typed: str | None, size: tuple[int, int]) -> None:
+    wish = Wish("demo", None, None, typed, None, "float32", {"prompt": "a", "num_inference_steps": 4})
+    edit = Edit.of(files / "image.png", files / "mask.png", 0.5)
+    arguments = Order(wish, edit, seed=0, lora=None, preview=None).arguments()
+    assert arguments["image"].size == arguments["mask_image"].size == (arguments["width"], arguments["height"]) == size
 
 
 @pytest.mark.parametrize(

@@ -50,8 +50,11 @@ class Edit:
         folder = str(demo.path()) if model == "demo" else model
         return partial(_open, folder, self.mask is not None, keywords)
 
-    def arguments(self, drawing: dict[str, Any]) -> dict[str, Any]:
-        """Arguments of the call, from those of drawing without a picture; the picture is brought to their size.
+    def arguments(self, drawing: dict[str, Any], to_size: bool) -> dict[str, Any]:
+        """Arguments of the call, from those of drawing without a picture.
+
+        Args:
+            to_size: bring the picture to the size of `drawing`; else its own size is drawn.
 
         Raises:
             ConfigError: if a file is no picture, its own size cannot be drawn, or no step would be left.
@@ -60,7 +63,7 @@ class Edit:
         steps, strength = drawing["num_inference_steps"], self.strength
         if strength is not None and int(steps * strength) < 1:
             raise ConfigError(f"--strength {strength} of {steps} steps leaves none; raise one of the two")
-        size = (drawing["width"], drawing["height"]) if "width" in drawing else None
+        size = (drawing["width"], drawing["height"]) if to_size else None
         given = {key: value for key, value in drawing.items() if key not in ("width", "height")}
         given["image"] = _picture(self.image, size, "RGB")
         if strength is not None:

@@ -176,7 +176,7 @@ class Order:
             ConfigError, OSError: if a value or a file cannot work.
         """
         drawing = self.wish.arguments()
-        return self.edit.arguments(drawing) if self.edit else drawing
+        return self.edit.arguments(drawing, to_size=self.wish.size is not None) if self.edit else drawing
 
     def source(self) -> tuple[Any, dict[str, Any]]:
         """What `load` opens, and its keywords for `from_pretrained`."""

@@ -83,6 +83,19 @@ def test_a_fault_is_answered_and_forgotten(
     assert gone_within(set(pids) - set(pipe.pids), 10)
 
 
+@pytest.mark.parametrize("passed", range(NUM_STEPS))
+def test_an_error_of_all_ranks_within_the_network_leaves_no_message(
+    pipe: SpawnedPipeline, order: Path, expected: torch.Tensor, passed: int
+) -> None:
+    pids = pipe.pids
+    give(order, Order("raise", "middle", rank=None, passed=passed))
+    error = outcome(lambda: draw(pipe))
+    order.unlink()
+    assert type(error) is LookupError, error
+    assert torch.equal(draw(pipe), expected)
+    assert pipe.pids == pids
+
+
 def on_order(chance: random.Random, pipe: SpawnedPipeline, order: Path, expected: torch.Tensor) -> str:
     """A rank fails by itself at a place of the call. Returns the fault, as the other two do."""
     place = chance.choice(PLACES)

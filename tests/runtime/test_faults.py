@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ import torch
 
 from distrifusion import load
 from distrifusion.errors import OutOfMemory, RankFailed, StepTimeout
+from distrifusion.runtime.faults import is_out_of_memory
 from distrifusion.runtime.spawned import SpawnedPipeline
 from runtime.faulty import Order, faulty, give, gone_within, hit, is_alive, outcome, parent_of
 
@@ -174,6 +176,23 @@ def test_errors_of_all_ranks_keep_the_workers(pipe: SpawnedPipeline) -> None:
         pipe.encode_prompd("a")
     assert len(pipe("a", num_inference_steps=1).images) == 1
     assert pipe.pids == pids
+
+
+@pytest.mark.parametrize(
+    ("error", "is_so"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), True),
+        (RuntimeError("CUDA error: out of memory"), True),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"), True),
+        (MemoryError(), True),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), True),
+        (OSError(errno.ENOSPC, "No space left on device"), False),
+        (RuntimeError("shape '[2]' is invalid for input of size 3"), False),
+        (RankFailed("rank 1 failed: out of memory"), False),
+    ],
+)
+def test_which_errors_say_that_memory_ran_out(error: Exception, is_so: bool) -> None:
+    assert is_out_of_memory(error) is is_so
 
 
 def test_memory_that_ran_out_in_this_process_is_said_likewise(sdxl_folder: Path) -> None:

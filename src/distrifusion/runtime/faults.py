@@ -6,7 +6,7 @@ import errno
 
 import torch
 
-from distrifusion.errors import OutOfMemory
+from distrifusion.errors import DistrifusionError, OutOfMemory
 
 # What torch and the libraries below it say in a plain RuntimeError.
 _NO_MEMORY = (
@@ -24,7 +24,9 @@ def where(step: int | None) -> str:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """True if the error says that an accelerator's or this machine's memory ran out."""
+    """True if the error says that an accelerator's or this machine's memory ran out; ours say so by their type."""
+    if isinstance(error, DistrifusionError):
+        return False
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
     if isinstance(error, RuntimeError):

@@ -98,8 +98,10 @@ class RankStarter:
         with there:
             try:
                 pid = self._ask(StartRank(rank, levels, warns=rank == 0), self._start_timeout, there.fileno())
-            except PeerGone:
+            except BaseException as error:
                 here.close()
+                if not isinstance(error, PeerGone):
+                    raise
                 ended = _ending(self._process.poll())
                 raise RankFailed(f"the process that starts the ranks {ended}", rank=rank) from None
         return pid, Line(here)

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from distrifusion.anatomy import anatomy_of
-from distrifusion.anatomy.base import AdaptiveNormSite, FilterSite, ResampleSite, StackSite
-from distrifusion.errors import ConfigError, PlanError
+from distrifusion.anatomy.base import AdaptiveNormSite, FilterSite, ResampleSite, Site, StackSite
+from distrifusion.errors import ConfigError, PlanError, UnsupportedModel
 from distrifusion.exchange.pool import CallState, Pool
 from distrifusion.exchange.transport import Transport
 from distrifusion.exchange.verbs import CallPolicy, Exchange
@@ -96,7 +96,7 @@ class ParallelDenoiser:
         self._root.replace(self.model, "forward", partial(partial, self.run))
 
     def _attach_layers(self) -> None:
-        sites = [site.under(self.prefix) for site in self._anatomy.sites(self.model)]
+        sites = self._sites()
         if self.plan.naive and any(isinstance(site, StackSite) for site in sites):
             raise PlanError(f"plan '{self.plan}': naive bands have no part of a control image; use another policy")
         self._layers.detach()
@@ -107,6 +107,15 @@ class ParallelDenoiser:
         self._resample.attach([s for s in sites if isinstance(s, ResampleSite)], self._layers)
         self._stack.attach([s for s in sites if isinstance(s, StackSite)], self._layers)
         self._skip_filter.attach([s for s in sites if isinstance(s, FilterSite)], self._layers)
+
+    def _sites(self) -> list[Site]:
+        """What the strategies are put on; raises UnsupportedModel naming a layer that has no rule."""
+        try:
+            return [site.under(self.prefix) for site in self._anatomy.sites(self.model)]
+        except UnsupportedModel as error:
+            if not self.prefix:
+                raise
+            raise UnsupportedModel(f"{self.prefix.rstrip('.')}: {error}") from error
 
     def detach(self) -> None:
         """Restore the model as it was."""
@@ -131,7 +140,7 @@ class ParallelDenoiser:
                 "own there; undo that, or call unparallelize and parallelize again"
             )
         if tuple(self.model.modules()) == self._modules:
-            self._anatomy.sites(self.model)
+            self._sites()
         else:
             self._attach_layers()
 
@@ -161,7 +170,7 @@ class ParallelDenoiser:
             )
         if not self._audited:
             # Some pipelines put attention processors of their own on the model at the start of a run.
-            self._anatomy.sites(self.model)
+            self._sites()
             self._audited = True
         call = self._anatomy.bind(forward, args, kwargs)
         num_rows, _, height, width = call.sample.shape

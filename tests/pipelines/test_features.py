@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from families import PIPELINES, noise, picture
+from peft import LoraConfig
 from ranks import EXACT, Ranks, own_copy
 
 from distrifusion import ConfigError
@@ -180,6 +181,17 @@ def test_what_is_said_to_a_controlnet_reaches_it(plan: str, change: dict[str, An
     if not change.keys() & {"num_images_per_prompt", "prompt"}:
         assert relative_error(reference, CONTROL(own_copy(pipe))) > 1e-3
     assert Ranks(pipe, plan).error(lambda p: CONTROL(p, **change), reference) <= EXACT
+
+
+def test_a_controlnets_own_adapter_reaches_its_image_too() -> None:
+    pipe = CONTROL.make()
+    plain = CONTROL(own_copy(pipe))
+    torch.manual_seed(0)
+    layers = ["controlnet_cond_embedding.conv_in", "blocks.1", "blocks.4", "conv1", "to_q"]
+    pipe.controlnet.add_adapter(LoraConfig(r=2, target_modules=layers, init_lora_weights=False))
+    reference = CONTROL(own_copy(pipe))
+    assert relative_error(reference, plain) > 1e-3
+    assert Ranks(pipe, "patch3").error(CONTROL, reference) <= EXACT
 
 
 def test_a_controlnets_residuals_are_not_joined_where_the_unet_is_divided_alike() -> None:

@@ -166,6 +166,27 @@ def test_an_attention_processor_that_the_run_itself_puts_on_is_refused() -> None
         TEXT(pipe, sag_scale=0.7)
 
 
+def blur(stack: Any) -> None:
+    stack.blocks[2] = torch.nn.AvgPool2d(3, stride=1, padding=1)
+
+
+def circular(stack: Any) -> None:
+    stack.blocks[2].padding_mode = "circular"
+
+
+def compiled(stack: Any) -> None:
+    stack.blocks[2].compile()
+
+
+@pytest.mark.parametrize("change", [blur, circular, compiled])
+def test_a_layer_that_reads_a_control_image_by_its_own_rule_is_named(change: Callable[[Any], None]) -> None:
+    pipe = own_copy(CONTROL.make())
+    change(pipe.controlnet.controlnet_cond_embedding)
+    with pytest.raises(UnsupportedModel, match=r"controlnet\.0: layer 'controlnet_cond_embedding\.blocks\.2'"):
+        divide(pipe)
+    assert untouched(pipe)
+
+
 def test_gligen_is_refused_by_its_layer() -> None:
     """Its gated layers attend to the picture and to boxes together."""
     unet = sd_unet(attention_type="gated", **SD_BLOCKS)

@@ -43,6 +43,8 @@ _PROCESSORS = {
     "PAGCFGIdentitySelfAttnProcessor2_0", "PAGIdentitySelfAttnProcessor2_0", "SlicedAttnProcessor",
     "XFormersAttnProcessor",
 }  # fmt: skip
+_MAY_MIX = "it may mix positions of the picture"
+_PADS = "it pads by another rule than zeros"
 # FreeU (arXiv 2309.11497) scales the skip connections of the first two up blocks, each by a scale of its own.
 _FILTER_SCALES = ("s1", "s2")
 _FILTER_SWITCHES = ("s1", "s2", "b1", "b2")
@@ -73,8 +75,7 @@ def sites_of(name: str, module: nn.Module, level: int, level_out: int) -> list[S
         return [ResampleSite(name, module, level, level_out, margin)]
     if isinstance(module, ControlNetConditioningEmbedding):
         return [_stack_site(name, module)]
-    known = isinstance(module, _POINTWISE) or type(module).__name__ in _CONTAINERS
-    require(known or _is_adapter(module), name, module, "it may mix positions of the picture")
+    require(_is_known(module), name, module, _MAY_MIX)
     return []
 
 
@@ -93,7 +94,7 @@ def check_call(name: str, module: nn.Module) -> None:
 def _conv_site(name: str, conv: nn.Conv2d, level: int, level_out: int) -> list[Site]:
     if conv.kernel_size == (1, 1) and conv.stride == (1, 1):
         return []
-    require(_pads_with_zeros(conv), name, conv, "it pads by another rule than zeros")
+    require(_pads_with_zeros(conv), name, conv, _PADS)
     if name.split(".")[0] == "conv_in":
         return [EntrySite(name, conv, 0, 0)]
     if ".downsamplers." in name:
@@ -114,24 +115,37 @@ def _attention_site(name: str, attention: Attention, level: int) -> list[Site]:
 
 
 def _stack_site(name: str, stack: ControlNetConditioningEmbedding) -> StackSite:
-    stages = []
-    for child, module in (("conv_in", stack.conv_in), *enumerate(stack.blocks), ("conv_out", stack.conv_out)):
-        path = f"{name}.{child}" if isinstance(child, str) else f"{name}.blocks.{child}"
-        convs = [(f"{path}.{n}".rstrip("."), m) for n, m in module.named_modules() if isinstance(m, nn.Conv2d)]
-        spread = [(n, m) for n, m in convs if m.kernel_size != (1, 1)]
-        for conv_name, conv in spread:
-            require(_pads_with_zeros(conv), conv_name, conv, "it pads by another rule than zeros")
-        stages.append(tuple(conv for _, conv in spread))
+    blocks = {f"blocks.{i}": block for i, block in enumerate(stack.blocks)}
+    stages = [
+        _stage(f"{name}.{part}", module)
+        for part, module in {"conv_in": stack.conv_in, **blocks, "conv_out": stack.conv_out}.items()
+    ]
     return StackSite(name, stack, 0, 0, tuple(stages))
+
+
+def _stage(name: str, stage: nn.Module) -> tuple[nn.Conv2d, ...]:
+    """The convolutions of one stage of a stack: one, or those of an adapter around it, which read the same rows."""
+    convs = []
+    for inner, module in stage.named_modules():
+        path = f"{name}.{inner}".rstrip(".")
+        check_call(path, module)
+        if not isinstance(module, nn.Conv2d):
+            require(_is_known(module), path, module, _MAY_MIX)
+        elif module.kernel_size != (1, 1):
+            require(_pads_with_zeros(module), path, module, _PADS)
+            convs.append(module)
+    require(bool(convs), name, stage, "it has no convolution that could say which rows it reads")
+    return tuple(convs)
 
 
 def _pads_with_zeros(conv: nn.Conv2d) -> bool:
     return conv.padding_mode == "zeros" and isinstance(conv.padding, tuple)
 
 
-def _is_adapter(module: nn.Module) -> bool:
-    """Layers of a LoRA adapter: they add the outputs of child layers, which are sites or pointwise themselves."""
-    return type(module).__module__.startswith("peft.tuners.")
+def _is_known(module: nn.Module) -> bool:
+    """Whether a layer is pointwise, or only combines its children, which are sites or pointwise themselves."""
+    adapter = type(module).__module__.startswith("peft.tuners.")
+    return adapter or isinstance(module, _POINTWISE) or type(module).__name__ in _CONTAINERS
 
 
 def require(condition: bool, name: str, module: nn.Module, why: str) -> None:

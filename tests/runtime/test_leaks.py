@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from distrifusion import load
-from distrifusion.errors import RankFailed
+from distrifusion.errors import RankFailed, StepTimeout
 from distrifusion.runtime.spawned import SpawnedPipeline
 from runtime.faulty import gone_within, hit, is_alive, parent_of
 
@@ -131,6 +131,12 @@ def test_restarts_leave_nothing(sdxl_folder: Path) -> None:
             assert gone_within(pids, 10)
             before = before or Traces.now()
         assert before is not None and not Traces.now().since(before)
+
+
+def test_a_load_that_takes_too_long_says_so_and_leaves_nothing(sdxl_folder: Path, settled: Traces) -> None:
+    with pytest.raises(StepTimeout, match=r"starts the ranks gave no answer for 0\.5 s"):
+        load(sdxl_folder, devices=2, start_timeout=0.5)
+    assert not Traces.now().since(settled)
 
 
 def test_a_load_that_fails_leaves_nothing(settled: Traces) -> None:

@@ -23,7 +23,7 @@ class Line:
     """One end of a line.
 
     Attributes:
-        idle: called with the seconds waited whenever nothing has moved for a moment; it may end the wait by PeerGone.
+        idle: called with the seconds waited whenever nothing has moved for a moment; it may raise to end the wait.
     """
 
     def __init__(self, end: socket.socket, idle: Callable[[float], None] | None = None) -> None:
@@ -32,7 +32,7 @@ class Line:
         self.idle = idle
 
     def send(self, message: object) -> None:
-        """Send one message. Raises PeerGone if the other side is gone, or `idle` says so while it does not read."""
+        """Send one message. Raises PeerGone if the other side is gone, and what `idle` raises while it waits."""
         data = pickle.dumps(message)
         for part in (_LENGTH.pack(len(data)), data):
             rest = memoryview(part)
@@ -40,7 +40,7 @@ class Line:
                 rest = rest[self._move(select.POLLOUT, partial(self._end.send, rest)) :]
 
     def receive(self) -> Any:
-        """Wait for one message. Raises PeerGone if the other side is gone, or `idle` says so while nothing comes."""
+        """Wait for one message. Raises PeerGone if the other side is gone, and what `idle` raises meanwhile."""
         (length,) = _LENGTH.unpack(self._read(_LENGTH.size))
         return pickle.loads(self._read(length))
 
@@ -81,14 +81,23 @@ class Line:
         return data
 
     def _move(self, event: int, transfer: Callable[[], Any]) -> Any:
+        while True:
+            self._wait(event)
+            try:
+                return transfer()
+            except BlockingIOError:  # there was room for less than it looked like
+                continue
+            except OSError as error:
+                raise PeerGone(str(error)) from error
+
+    def _wait(self, event: int) -> None:
+        poller = select.poll()
         try:
-            poller = select.poll()
             poller.register(self._end, event)
-            waited = 0.0
-            while not poller.poll(_LOOK * 1000):
-                waited += _LOOK
-                if self.idle is not None:
-                    self.idle(waited)
-            return transfer()
-        except (OSError, ValueError) as error:
-            raise PeerGone(str(error)) from error
+        except ValueError as error:
+            raise PeerGone("this side has closed the line") from error
+        waited = 0.0
+        while not poller.poll(_LOOK * 1000):
+            waited += _LOOK
+            if self.idle is not None:
+                self.idle(waited)

@@ -69,7 +69,9 @@ def variance_over_n_minus_one(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def norm_that_counts_bands_not_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     intact = patch.merge_moments
-    monkeypatch.setattr(patch, "merge_moments", lambda moments, counts: intact(moments, torch.ones_like(counts)))
+    monkeypatch.setattr(
+        patch, "merge_moments", lambda moments, weights: intact(moments, torch.full_like(weights, 1 / len(weights)))
+    )
 
 
 def bands_joined_in_reverse(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from distrifusion.strategies.moments import corrected_moments, local_moments, merge_moments, normalise
+from distrifusion.strategies.moments import Affine, corrected_moments, local_moments, merge_moments
 
 GROUPS = 2
 heights = st.lists(st.integers(1, 9), min_size=1, max_size=6)
@@ -23,7 +23,12 @@ def whole_moments(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def merged_from_parts(x: torch.Tensor, rows: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
     """Moments of x [B, C, H, W] merged from those of its blocks of rows."""
     moments = torch.stack([local_moments(part, GROUPS) for part in x.split(rows, dim=2)])
-    return merge_moments(moments, torch.tensor(rows, dtype=torch.float32))
+    return merge_moments(moments, shares(rows))
+
+
+def shares(rows: list[int]) -> torch.Tensor:
+    """Share of each block in all rows."""
+    return torch.tensor(rows, dtype=torch.float32) / sum(rows)
 
 
 def picture(rows: list[int], seed: int, mean: float = 0.0, std: float = 1.0) -> torch.Tensor:
@@ -76,10 +81,10 @@ def test_corrected_moments_of_unchanged_values_are_the_merged_ones(
 ) -> None:
     x = picture(rows, seed, mean=3.0)
     moments = torch.stack([local_moments(part, GROUPS) for part in x.split(rows, dim=2)])
-    counts = torch.tensor(rows, dtype=torch.float32)
+    weights = shares(rows)
     index = data.draw(st.integers(0, len(rows) - 1))
-    got = corrected_moments(moments, counts, index, previous=moments[index].clone())
-    for corrected, merged in zip(got, merge_moments(moments, counts), strict=True):
+    got = corrected_moments(moments, weights, index, previous=moments[index].clone())
+    for corrected, merged in zip(got, merge_moments(moments, weights), strict=True):
         torch.testing.assert_close(corrected, merged, rtol=1e-5, atol=1e-6)
 
 
@@ -88,7 +93,7 @@ def test_corrected_variance_is_never_negative(rows: list[int], seed: int, scale:
     x = picture(rows, seed)
     moments = torch.stack([local_moments(part, GROUPS) for part in x.split(rows, dim=2)])
     previous = local_moments(scale * picture(rows[:1], seed + 1) + shift, GROUPS)
-    _, variance = corrected_moments(moments, torch.tensor(rows, dtype=torch.float32), 0, previous)
+    _, variance = corrected_moments(moments, shares(rows), 0, previous)
     assert (variance >= 0).all()
 
 
@@ -97,11 +102,10 @@ def test_corrected_moments_are_the_published_formula(rows: list[int], seed: int,
     """DistriFusion, section 3.3, as written there: raw moments, stale mean of all plus own fresh minus own stale."""
     stale = torch.stack([local_moments(part, GROUPS) for part in picture(rows, seed).split(rows, dim=2)])
     fresh = local_moments(scale * picture(rows[:1], seed + 1) + shift, GROUPS)
-    counts = torch.tensor(rows, dtype=torch.float32)
     seen = torch.cat([fresh[None], stale[1:]])
-    mean, variance = corrected_moments(seen, counts, 0, previous=stale[0])
+    mean, variance = corrected_moments(seen, shares(rows), 0, previous=stale[0])
 
-    weights = (counts / counts.sum()).double().view(-1, 1, 1)
+    weights = shares(rows).double().view(-1, 1, 1)
     raw = torch.stack([stale[:, 0], stale[:, 1] + stale[:, 0].double().square()])  # [2, n, B, G]
     change = torch.stack([fresh[0] - stale[0, 0], fresh[1] + fresh[0].double().square() - raw[1, 0]])
     first, second = (weights * raw).sum(1) + change
@@ -122,4 +126,4 @@ def test_normalising_with_the_wholes_moments_is_group_norm(layout: str, affine: 
     x = picture([7, 4], seed=5, mean=2.0)
     x = {"contiguous": x, "channels_last": x.to(memory_format=torch.channels_last), "tokens": x.flatten(2)}[layout]
     mean, variance = (moment.float() for moment in whole_moments(x.reshape(2, 4, -1)))
-    torch.testing.assert_close(normalise(x, mean, variance, norm), norm(x), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(Affine.of(norm, mean, variance)(x), norm(x), rtol=1e-5, atol=1e-5)

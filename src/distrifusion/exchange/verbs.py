@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 
@@ -108,6 +108,34 @@ class Halo:
         return torch.cat([piece for piece in pieces if piece is not None], self.dim)
 
 
+@dataclass(frozen=True)
+class _Borders:
+    """What one band gives to others, counted from its own first row, and takes from them, by place in the team."""
+
+    outgoing: Mapping[int, Interval]
+    incoming: Mapping[int, int]
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+    inside: Interval
+    edges: tuple[int, int]
+
+
+@lru_cache(maxsize=1024)
+def _borders(bands: tuple[Interval, ...], wants: tuple[Interval, ...], index: int) -> _Borders:
+    own, want, size = bands[index], wants[index], bands[-1].stop
+    others = [j for j in range(len(bands)) if j != index]
+    given = {j: part for j in others if len(part := own & wants[j])}
+    taken = {j: len(part) for j in others if len(part := bands[j] & want)}
+    return _Borders(
+        outgoing={j: Interval(part.start - own.start, part.stop - own.start) for j, part in given.items()},
+        incoming=taken,
+        before=tuple(j for j in taken if j < index),
+        after=tuple(j for j in taken if j > index),
+        inside=Interval((own & want).start - own.start, (own & want).stop - own.start),
+        edges=(max(0, -want.start), max(0, want.stop - size)),
+    )
+
+
 class Exchange:
     """The exchanges of one rank.
 
@@ -184,23 +212,20 @@ class Exchange:
             bands: rows owned, by band order; they cover 0..size.
             wants: rows wanted, by band order; may reach over both edges.
         """
-        index, team = self._policy.index, self._policy.team
-        own, want, size = bands[index], wants[index], bands[-1].stop
-        others = [j for j in range(len(team)) if j != index]
-        outgoing = {}
-        for j in others:
-            if len(part := own & wants[j]):
-                outgoing[team[j]] = x.narrow(dim, part.start - own.start, len(part))
-        parts = {j: part for j in others if len(part := bands[j] & want)}
-        incoming = {team[j]: _with_length(x.shape, dim, len(part)) for j, part in parts.items()}
-        inside = own & want
+        team, borders = self._policy.team, _borders(tuple(bands), tuple(wants), self._policy.index)
         return Halo(
-            edges=(max(0, -want.start), max(0, want.stop - size)),
-            inside=Interval(inside.start - own.start, inside.stop - own.start),
+            edges=borders.edges,
+            inside=borders.inside,
             dim=dim,
-            before=tuple(team[j] for j in parts if j < index),
-            after=tuple(team[j] for j in parts if j > index),
-            swap=self._swap(site, SiteKind.HALO, outgoing, incoming, x),
+            before=tuple(team[j] for j in borders.before),
+            after=tuple(team[j] for j in borders.after),
+            swap=self._swap(
+                site,
+                SiteKind.HALO,
+                {team[j]: x.narrow(dim, part.start, len(part)) for j, part in borders.outgoing.items()},
+                {team[j]: _with_length(x.shape, dim, length) for j, length in borders.incoming.items()},
+                x,
+            ),
         )
 
     def share(self, site: str, kind: SiteKind, own: torch.Tensor) -> Shared:

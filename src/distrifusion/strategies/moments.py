@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import lru_cache
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -17,24 +20,25 @@ def local_moments(x: torch.Tensor, num_groups: int) -> torch.Tensor:
     # The native kernel's own statistics: Welford on CPU, 25 times faster there than var_mean. With eps 0 its
     # reciprocal standard deviation is the variance to the power -1/2.
     _, mean, rstd = torch.native_group_norm(flat, None, None, batch, channels, positions, num_groups, 0.0)
-    return torch.stack([mean, rstd.square().reciprocal()]).view(2, batch, num_groups).float()
+    return torch.stack((mean, rstd.pow(-2))).view(2, batch, num_groups).float()
 
 
-def merge_moments(moments: torch.Tensor, counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def merge_moments(moments: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Moments of the whole from those of its parts (Chan, Golub and LeVeque 1979), biased, over the global count.
 
     Args:
         moments: mean and variance of each part [n, 2, B, G].
-        counts: number of values in each part [n].
+        weights: share of the values that is in each part [n].
     """
-    weights = (counts / counts.sum()).view(-1, 1, 1)
+    shares = weights.view(-1, 1, 1)
     means, variances = moments.unbind(1)
-    mean = (weights * means).sum(0)
-    return mean, (weights * (variances + (means - mean).square())).sum(0)
+    mean = (shares * means).sum(0)
+    away = means - mean
+    return mean, (shares * torch.addcmul(variances, away, away)).sum(0)
 
 
 def corrected_moments(
-    moments: torch.Tensor, counts: torch.Tensor, index: int, previous: torch.Tensor
+    moments: torch.Tensor, weights: torch.Tensor, index: int, previous: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Corrected asynchronous group norm (DistriFusion, section 3.3): stale statistics of all, plus the own change.
 
@@ -44,7 +48,7 @@ def corrected_moments(
 
     Args:
         moments: stale moments of the others and the fresh own ones [n, 2, B, G].
-        counts: number of values in each part [n].
+        weights: share of the values that is in each part [n].
         index: the own part.
         previous: the own moments that belong to the stale ones [2, B, G].
     """
@@ -52,7 +56,7 @@ def corrected_moments(
     stale_mean, stale_variance = previous
     stale = moments.clone()
     stale[index] = previous
-    mean, variance = merge_moments(stale, counts)
+    mean, variance = merge_moments(stale, weights)
     change = fresh_mean - stale_mean
     fresh_square = fresh_variance + (fresh_mean - mean).square()
     stale_square = stale_variance + (stale_mean - mean).square()
@@ -60,18 +64,39 @@ def corrected_moments(
     return mean + change, torch.where(corrected < 0, fresh_variance, corrected)
 
 
-def normalise(x: torch.Tensor, mean: torch.Tensor, variance: torch.Tensor, norm: nn.GroupNorm) -> torch.Tensor:
-    """Group norm of x [B, C, ...] with given moments [B, G], computed in fp32, returned in x's type."""
-    batch, channels = x.shape[:2]
-    per_channel = channels // norm.num_groups
-    mean, variance = (t.repeat_interleave(per_channel, dim=1) for t in (mean, variance))
-    weight = norm.weight.float() if norm.affine else torch.ones_like(mean[0])
-    bias = norm.bias.float() if norm.affine else torch.zeros_like(mean[0])
-    if x.is_contiguous():
-        rows = (1, batch * channels, *x.shape[2:])
-        stats = mean.flatten(), variance.flatten(), weight.repeat(batch), bias.repeat(batch)
-        return F.batch_norm(x.view(rows), *stats, training=False, eps=norm.eps).view(x.shape)
-    scale = weight * torch.rsqrt(variance + norm.eps)
-    ones = (1,) * (x.dim() - 2)
-    scaled = torch.addcmul((bias - mean * scale).view(batch, channels, *ones), x, scale.view(batch, channels, *ones))
-    return scaled.to(x.dtype)
+@dataclass(frozen=True)
+class Affine:
+    """A group norm with known moments: x * scale + shift for every sample and channel, each [B, C] in fp32."""
+
+    scale: torch.Tensor
+    shift: torch.Tensor
+
+    @classmethod
+    def of(cls, norm: nn.GroupNorm, mean: torch.Tensor, variance: torch.Tensor) -> Affine:
+        """From moments [B, G]."""
+        batch, groups = mean.shape
+        scale, shift = (variance + norm.eps).rsqrt().unsqueeze(2), mean.unsqueeze(2)
+        if norm.affine:
+            scale = scale * norm.weight.float().view(groups, -1)
+            shift = torch.addcmul(norm.bias.float().view(groups, -1), shift, scale, value=-1)
+        else:
+            per_channel = (batch, groups, norm.num_channels // groups)
+            scale, shift = scale.expand(per_channel), (shift * scale).neg().expand(per_channel)
+        return cls(scale.reshape(batch, -1), shift.reshape(batch, -1))
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Norm x [B, C, ...], computed in fp32, in x's type."""
+        if not x.is_contiguous():
+            shape = (*self.scale.shape, *(1,) * (x.dim() - 2))
+            return torch.addcmul(self.shift.view(shape), x, self.scale.view(shape)).to(x.dtype)
+        # Batch norm with mean 0 and variance 1: a third of the time of a product and a sum that are broadcast.
+        zeros, ones = _unit_moments(self.scale.numel(), x.device)
+        rows = x.view(1, self.scale.numel(), *x.shape[2:])
+        flat = self.scale.flatten(), self.shift.flatten()
+        return F.batch_norm(rows, zeros, ones, *flat, training=False, eps=0.0).view(x.shape)
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def _unit_moments(count: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.zeros(count, device=device), torch.ones(count, device=device)

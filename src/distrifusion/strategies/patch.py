@@ -21,7 +21,7 @@ from distrifusion.exchange.verbs import Exchange, Gathered, Halo
 from distrifusion.partition import Interval, Level
 from distrifusion.plan import Norms, SiteKind, Split
 from distrifusion.strategies.attach import Attachment
-from distrifusion.strategies.moments import corrected_moments, local_moments, merge_moments, normalise
+from distrifusion.strategies.moments import Affine, corrected_moments, local_moments, merge_moments
 
 Forward = Callable[..., torch.Tensor]
 
@@ -161,7 +161,7 @@ class PatchStrategy:
         """Ask for the rows of x that a convolution wants of the other bands."""
         bands, bands_out = self.step.levels[site.level].bands, self.step.levels[site.level_out].bands
         assert bands is not None and bands_out is not None
-        wants = [input_rows(site.module, self.step.dim, band) for band in bands_out]
+        wants = _rows_read(_reach(site.module, self.step.dim), bands_out)
         return self._exchange.halo(site.name, x, self.step.dim, bands, wants)
 
     def gather_rows(self, site: Site, x: torch.Tensor, level: Level) -> torch.Tensor:
@@ -181,15 +181,15 @@ class PatchStrategy:
         assert level.bands is not None and isinstance(site.module, nn.GroupNorm)
         # The border rows that the next convolution wants travel as the norm's input, together with its statistics:
         # one wait for both. The receiver norms and activates them.
-        conv = (
-            self._convs.get(site.conv or "") if spatial and not (torch.is_grad_enabled() and x.requires_grad) else None
-        )
+        differentiable = torch.is_grad_enabled() and x.requires_grad
+        conv = self._convs.get(site.conv or "") if spatial and not differentiable else None
         halo = self._halo(conv, x) if conv else None
         own = local_moments(x, site.module.num_groups)
-        mean, variance = own if self.step.separate_norms else self._moments(site, level.bands, own)
-        normed = normalise(x, mean, variance, site.module)
+        moments = own.unbind() if self.step.separate_norms else self._moments(site, level.bands, own)
+        norm = Affine.of(site.module, *moments)
+        normed = norm(x)
         if halo is not None:
-            before, after = ([normalise(r, mean, variance, site.module) for r in side] for side in halo.wait())
+            before, after = ([norm(rows) for rows in side] for side in halo.wait())
             self._chain = _Chain(normed, halo, before, after)
         return normed
 
@@ -198,10 +198,10 @@ class PatchStrategy:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and variance [B, G] over all bands, from the own ones [2, B, G] and what the others say."""
         moments, previous = self._exchange.share(site.name, SiteKind.NORM, own).wait()
-        counts = _counts(bands, own.device)
+        weights = _shares(bands, own.device)
         if previous is None or self._norms is Norms.STALE:
-            return merge_moments(moments, counts)
-        return corrected_moments(moments, counts, self.step.index, previous)
+            return merge_moments(moments, weights)
+        return corrected_moments(moments, weights, self.step.index, previous)
 
     def _activation(self, forward: Forward, x: torch.Tensor) -> torch.Tensor:
         """The activation of a normed band, written into the place that the convolution's border rows surround."""
@@ -265,18 +265,35 @@ class _BandAttention:
 
 
 @lru_cache(maxsize=256)
-def _counts(bands: tuple[Interval, ...], device: torch.device) -> torch.Tensor:
-    """Rows of every band, on the device once and for all: a copy per layer would make a GPU wait."""
-    return torch.tensor([float(len(band)) for band in bands], device=device)
+@torch.inference_mode(False)
+def _shares(bands: tuple[Interval, ...], device: torch.device) -> torch.Tensor:
+    """Share of the rows in every band, on the device once and for all: a copy per layer would make a GPU wait."""
+    rows = torch.tensor([float(len(band)) for band in bands])
+    return (rows / rows.sum()).to(device)
 
 
 def input_rows(conv: nn.Module, dim: int, out: Interval) -> Interval:
     """The input rows, edges beyond the picture included, that a convolution needs for the output rows given."""
+    return _rows_read(_reach(conv, dim), (out,))[0]
+
+
+def _reach(conv: nn.Module, dim: int) -> tuple[int, int, int]:
+    """Stride, padding and extent of a convolution along the cut."""
     assert isinstance(conv, nn.Conv2d)
     axis = dim - 2
-    kernel, stride, dilation = conv.kernel_size[axis], conv.stride[axis], conv.dilation[axis]
-    start = out.start * stride - int(conv.padding[axis])
-    return Interval(start, start + (len(out) - 1) * stride + dilation * (kernel - 1) + 1)
+    return conv.stride[axis], int(conv.padding[axis]), conv.dilation[axis] * (conv.kernel_size[axis] - 1) + 1
+
+
+@lru_cache(maxsize=1024)
+def _rows_read(reach: tuple[int, int, int], outs: tuple[Interval, ...]) -> tuple[Interval, ...]:
+    stride, padding, extent = reach
+    starts = [out.start * stride - padding for out in outs]
+    return tuple(
+        Interval(start, start + (len(out) - 1) * stride + extent) for start, out in zip(starts, outs, strict=True)
+    )
+
+
+_silu_into = torch.ops.aten.silu.out
 
 
 def _surround(x: torch.Tensor, chain: _Chain, dim: int) -> torch.Tensor:
@@ -293,7 +310,7 @@ def _surround(x: torch.Tensor, chain: _Chain, dim: int) -> torch.Tensor:
         if isinstance(piece, int):
             place.zero_()
         else:
-            torch.ops.aten.silu.out(piece, out=place)
+            _silu_into(piece, out=place)
     return extended
 
 

@@ -35,6 +35,7 @@ from distrifusion.anatomy.base import AttentionSite, ConvSite, EntrySite, NormSi
 from distrifusion.denoiser import ParallelDenoiser
 from distrifusion.exchange.meeting import transport_of
 from distrifusion.exchange.transport import ProcessGroupTransport, Transport
+from distrifusion.in_place import SingleTransport
 from distrifusion.partition import partition_levels
 
 # Batch 1 is a picture without guidance, batch 2 one with both branches in the batch.
@@ -167,7 +168,7 @@ def time_rank(rank: int, options: argparse.Namespace, port: int, path: Path) -> 
                 if not single:
                     row = run_plan(unet, plan, transport, arguments, options.steps)
                 elif rank == 0:
-                    row = run_plan(unet, plan, Alone(), arguments, options.reference_steps)
+                    row = run_plan(unet, plan, SingleTransport(), arguments, options.reference_steps)
                 else:
                     continue
                 rows.append({"repetition": repetition, "batch": batch, "plan": text, **row})
@@ -176,24 +177,11 @@ def time_rank(rank: int, options: argparse.Namespace, port: int, path: Path) -> 
     dist.destroy_process_group()
 
 
-class Alone:
-    """One rank without others."""
-
-    rank = 0
-    world_size = 1
-
-    def post(self, sends: Any, receives: Any) -> Any:
-        raise AssertionError("one rank has no peers")
-
-    def broadcast(self, value: Any) -> Any:
-        return value
-
-
 @torch.no_grad()
 def weigh_rank(rank: int, options: argparse.Namespace, port: int, path: Path, text: str | None, batch: int) -> None:
     """Write the peak of a new process's memory: before any call, and after some of a plan (None: of one device)."""
     world_size = Plan.parse(text).num_ranks if text else 1
-    transport = join(rank, port, world_size, options.transport == "sockets") if world_size > 1 else Alone()
+    transport = join(rank, port, world_size, options.transport == "sockets") if world_size > 1 else SingleTransport()
     unet, arguments = sdxl_shaped_unet(), inputs(batch, options.size)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     if text is None:

@@ -19,7 +19,19 @@ class UnsupportedModel(DistrifusionError, TypeError):
     """A layer mixes positions of the picture and no rule says how to split it; the layer is named."""
 
 
-class RankFailed(DistrifusionError, RuntimeError):
+class _RankError(DistrifusionError):
+    """What is known of where a call went wrong."""
+
+    def __init__(
+        self, message: str, *, rank: int | None = None, step: int | None = None, exchange: str | None = None
+    ) -> None:
+        super().__init__(message)
+        self.rank = rank
+        self.step = step
+        self.exchange = exchange
+
+
+class RankFailed(_RankError, RuntimeError):
     """One rank failed or went away while the others were working.
 
     Attributes:
@@ -28,16 +40,8 @@ class RankFailed(DistrifusionError, RuntimeError):
         exchange: what another rank waited for, as "halo of layer 'conv_out'", or None if it is not known.
     """
 
-    def __init__(
-        self, message: str, *, rank: int | None = None, step: int | None = None, exchange: str | None = None
-    ) -> None:
-        super().__init__(message)
-        self.rank = rank
-        self.step = step
-        self.exchange = exchange
 
-
-class StepTimeout(DistrifusionError, TimeoutError):
+class StepTimeout(_RankError, TimeoutError):
     """A wait for other ranks passed its limit.
 
     Attributes:
@@ -45,14 +49,6 @@ class StepTimeout(DistrifusionError, TimeoutError):
         step: the denoising step (from 0) it was in, or None outside the loop.
         exchange: what it waited for, as "halo of layer 'conv_out'", or None if it is not known.
     """
-
-    def __init__(
-        self, message: str, *, rank: int | None = None, step: int | None = None, exchange: str | None = None
-    ) -> None:
-        super().__init__(message)
-        self.rank = rank
-        self.step = step
-        self.exchange = exchange
 
 
 class Cancelled(DistrifusionError):
@@ -67,15 +63,10 @@ class Cancelled(DistrifusionError):
         self.step = step
 
 
-class OutOfMemory(DistrifusionError, MemoryError):
+class OutOfMemory(_RankError, MemoryError):
     """A rank had not enough memory for the call.
 
     Attributes:
         rank: the rank that ran out of memory, or None if it is not known which.
         step: the denoising step (from 0) it was in, or None outside the loop.
     """
-
-    def __init__(self, message: str, *, rank: int | None = None, step: int | None = None) -> None:
-        super().__init__(message)
-        self.rank = rank
-        self.step = step

@@ -41,6 +41,7 @@ def test_a_missed_limit_is_told_and_is_the_exit_status(displaced: Any) -> None:
     assert done.exit_code == 1, done.stderr
     missed = re.findall(r"^missed: seed (\d+): relative error .* is above the limit of 1e-09 by ", done.stdout, re.M)
     assert missed == ["0", "4"]
+    assert re.match(r"patch2\.columns\.displaced\.w0 against one device, .*, 2 pictures\n", done.stdout)
     assert done.stdout.endswith(f"report: {out / 'index.html'}\nmissed\n")
     assert "skipped: MS-SSIM of the picture: a side of the picture is below 176 pixels" in done.stdout
     assert (

@@ -155,7 +155,8 @@ def _verify(task: Task, limits: dict[str, float], report: Path | None, answer: o
     if answer is options.Format.JSON:
         typer.echo(json.dumps(reports.data(outcome, verdict, circumstances), indent=1))
     else:
-        typer.echo(f"{task.plan} against one device, {task.source}, {len(task.seeds)} pictures")
+        count = len(task.seeds)
+        typer.echo(f"{task.plan} against one device, {task.source}, {count} picture{'s' * (count > 1)}")
         typer.echo(summary.text(outcome, verdict))
         if page:
             typer.echo(f"report: {page}")

@@ -14,8 +14,11 @@ def local_moments(x: torch.Tensor, num_groups: int) -> torch.Tensor:
     """Mean and biased variance of each group, in fp32: [2, B, G] of x [B, C, ...], B batch, G groups."""
     batch, channels = x.shape[:2]
     flat = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-    if flat.device.type != "cpu" or not flat.is_contiguous(memory_format=torch.channels_last):
-        flat = flat.contiguous()  # the kernel refuses other strides; only on CPU does it take channels-last
+    # The kernel refuses other strides; only on CPU does it take channels-last, and one row or column of that only by
+    # the strides it would have chosen itself.
+    takes = flat.device.type == "cpu" and flat.is_contiguous(memory_format=torch.channels_last)
+    if not takes or 1 in flat.shape[2:]:
+        flat = flat.contiguous()
     positions = flat[0, 0].numel()
     # The native kernel's own statistics: Welford on CPU, 25 times faster there than var_mean. With eps 0 its
     # reciprocal standard deviation is the variance to the power -1/2.

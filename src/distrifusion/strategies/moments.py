@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -14,16 +15,20 @@ def local_moments(x: torch.Tensor, num_groups: int) -> torch.Tensor:
     """Mean and biased variance of each group, in fp32: [2, B, G] of x [B, C, ...], B batch, G groups."""
     batch, channels = x.shape[:2]
     flat = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-    # The kernel refuses other strides; only on CPU does it take channels-last, and one row or column of that only by
-    # the strides it would have chosen itself.
-    takes = flat.device.type == "cpu" and flat.is_contiguous(memory_format=torch.channels_last)
-    if not takes or 1 in flat.shape[2:]:
+    # The kernel takes contiguous tensors, on CPU also channels-last, but that only by the strides it would choose itself:
+    # those of dimensions of length 1, which mean nothing, count too.
+    if flat.device.type != "cpu" or flat.stride() != _channels_last(flat.shape):
         flat = flat.contiguous()
     positions = flat[0, 0].numel()
     # The native kernel's own statistics: Welford on CPU, 25 times faster there than var_mean. With eps 0 its
     # reciprocal standard deviation is the variance to the power -1/2.
     _, mean, rstd = torch.native_group_norm(flat, None, None, batch, channels, positions, num_groups, 0.0)
     return torch.stack((mean, rstd.pow(-2))).view(2, batch, num_groups).float()
+
+
+def _channels_last(shape: torch.Size) -> tuple[int, ...]:
+    channels, *dims = shape[1:]
+    return (math.prod(dims) * channels, 1, *(math.prod(dims[i + 1 :]) * channels for i in range(len(dims))))
 
 
 def merge_moments(moments: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

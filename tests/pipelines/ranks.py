@@ -37,7 +37,6 @@ class Ranks:
 
     def draw(self, call: Call, pipes: list[Any] | None = None) -> list[torch.Tensor]:
         """What a call gives on every rank, all at the same time; `pipes` are others than the ranks' own."""
-        self.world.failed.clear()  # a call that all ranks refuse alike leaves nothing under way
         return self.world.run(lambda transport: call((pipes or self.pipes)[transport.rank]))
 
     def error(self, call: Call, reference: torch.Tensor, pipes: list[Any] | None = None) -> float:

@@ -43,6 +43,7 @@ class VirtualWorld:
         Raises:
             the error of the first rank that failed by itself; ranks that only waited for it are not reported.
         """
+        self.failed.clear()
         results: list[Any] = [None] * self.num_ranks
         errors: dict[int, BaseException] = {}
 

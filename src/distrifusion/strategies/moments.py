@@ -15,7 +15,7 @@ def local_moments(x: torch.Tensor, num_groups: int) -> torch.Tensor:
     """Mean and biased variance of each group, in fp32: [2, B, G] of x [B, C, ...], B batch, G groups."""
     batch, channels = x.shape[:2]
     flat = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-    # The kernel takes contiguous tensors, on CPU also channels-last, but that only by the strides it would choose itself:
+    # The kernel takes contiguous tensors, on CPU also channels-last, but that only by the strides it would choose:
     # those of dimensions of length 1, which mean nothing, count too.
     if flat.device.type != "cpu" or flat.stride() != _channels_last(flat.shape):
         flat = flat.contiguous()

@@ -51,7 +51,7 @@ _ENCODED = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "
 
 def plans(options: argparse.Namespace) -> dict[str, Plan]:
     """The plans to draw with, by what they are called."""
-    variants = VARIANTS
+    variants = {name: words for name, words in VARIANTS.items() if words in options.variants.split(",")}
     if options.every_mixture:
         mixtures = [c for n in range(1, len(ALL_KINDS) + 1) for c in itertools.combinations(SiteKind, n)]
         variants = {f"stale {', '.join(mixture)}": ".".join(("displaced", *mixture)) for mixture in mixtures}
@@ -163,6 +163,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=512, help="pixels, rows and columns")
     parser.add_argument("--guidance", type=float, default=5.0)
     parser.add_argument("--warmup", type=int, default=4)
+    parser.add_argument("--variants", default=",".join(VARIANTS.values()), help="words after the number of bands")
     parser.add_argument("--every-mixture", action="store_true", help="one plan for every set of stale kinds instead")
     parser.add_argument("--processes", type=int, default=1, help="that share the pictures, one thread each")
     parser.add_argument("--out", type=Path, default=Path("fidelity.json"))

@@ -118,6 +118,9 @@ def measure(process: int, options: argparse.Namespace, path: Path) -> None:
             encoded = pipe.encode_prompt(prompt, do_classifier_free_guidance=True)
             arguments = {
                 **dict(zip(_ENCODED, encoded, strict=True)),
+                # The model is told the size, which the pipeline does not take from the latents.
+                "height": options.size,
+                "width": options.size,
                 "latents": torch.randn(1, 4, size, size, generator=torch.Generator().manual_seed(seed)),
                 "guidance_scale": options.guidance,
                 "num_inference_steps": options.steps,

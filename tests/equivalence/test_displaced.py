@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import combinations
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from diffusers import UNet2DConditionModel
 from division import EXACT, errors, predictions
 
 from distrifusion import Plan
+from distrifusion.exchange.verbs import Exchange, Halo
 from distrifusion.plan import SiteKind
 from models import band_by_band, moved, relative_error, unet_inputs
 
@@ -112,3 +114,23 @@ def test_guidance_off_within_a_cfg_plan_stays_exact_on_a_repeated_input(sdxl: UN
 def test_a_picture_too_small_to_cut_is_exact_in_every_call(sdxl: UNet2DConditionModel) -> None:
     x = unet_inputs(sdxl, 1, 5, 7)
     assert max(errors(sdxl, "patch8.displaced.w0", [x, moved(x), moved(x, seed=1)])) <= EXACT
+
+
+@pytest.mark.parametrize(("plan", "activated"), [("patch2.displaced.w1", True), ("patch2.displaced.kv.w1", False)])
+def test_halos_that_may_be_old_travel_activated(
+    sdxl: UNet2DConditionModel, plan: str, activated: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fresh ones travel as the norm's input, which saves a wait; old ones would be normed with newer statistics."""
+    lowest: list[float] = []
+    intact = Exchange.halo
+
+    def halo(self: Exchange, site: str, x: torch.Tensor, *args: Any) -> Halo:
+        if site.endswith((".conv1", ".conv2")):
+            lowest.append(x.min().item())
+        return intact(self, site, x, *args)
+
+    monkeypatch.setattr(Exchange, "halo", halo)
+    x = unet_inputs(sdxl, 1, 25, 17)
+    predictions(sdxl, plan, [x, moved(x), moved(x)])
+    lowest_of_silu = -0.2785
+    assert lowest and (min(lowest) >= lowest_of_silu) is activated

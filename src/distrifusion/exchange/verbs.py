@@ -171,6 +171,10 @@ class Exchange:
                     self._post("parcel", posted)
             state.calls += 1
 
+    def keeps(self, *kinds: SiteKind) -> bool:
+        """Whether values of one of these kinds are kept for a later call."""
+        return not self._policy.keep.isdisjoint(kinds)
+
     def gather(
         self, site: str, kind: SiteKind | None, pieces: Sequence[torch.Tensor], lengths: tuple[int, ...]
     ) -> Gathered:

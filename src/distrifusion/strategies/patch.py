@@ -179,10 +179,7 @@ class PatchStrategy:
         if self.is_whole(rows, level):
             return forward(x)
         assert level.bands is not None and isinstance(site.module, nn.GroupNorm)
-        # The border rows that the next convolution wants travel as the norm's input, together with its statistics:
-        # one wait for both. The receiver norms and activates them.
-        differentiable = torch.is_grad_enabled() and x.requires_grad
-        conv = self._convs.get(site.conv or "") if spatial and not differentiable else None
+        conv = self._convs.get(site.conv or "") if spatial and self._may_chain(x) else None
         halo = self._halo(conv, x) if conv else None
         own = local_moments(x, site.module.num_groups)
         moments = own.unbind() if self.step.separate_norms else self._moments(site, level.bands, own)
@@ -192,6 +189,15 @@ class PatchStrategy:
             before, after = ([norm(rows) for rows in side] for side in halo.wait())
             self._chain = _Chain(normed, halo, before, after)
         return normed
+
+    def _may_chain(self, x: torch.Tensor) -> bool:
+        """Whether the border rows that the next convolution wants travel as the norm's input, with its statistics.
+
+        That is one wait for both; the receiver norms and activates them. Old rows must not: normed with newer and
+        other statistics than those of the band they are from, they can drive neighbours apart.
+        """
+        differentiable = torch.is_grad_enabled() and x.requires_grad
+        return not differentiable and not self._exchange.keeps(SiteKind.HALO, SiteKind.NORM)
 
     def _moments(
         self, site: NormSite, bands: tuple[Interval, ...], own: torch.Tensor

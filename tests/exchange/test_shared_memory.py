@@ -148,7 +148,6 @@ def test_the_last_words_of_a_lost_rank_still_count() -> None:
 @pytest.mark.parametrize("asked_first", [True, False])
 def test_messages_of_another_length_are_an_error_in_words(asked_first: bool) -> None:
     def work(transport: SharedMemoryTransport) -> None:
-        peer = 1 - transport.rank
         if transport.rank == 1:
             transport.post([Message(0, torch.zeros(3), 1)], [Message(0, torch.zeros(1), 2)]).wait()
         elif asked_first:
@@ -157,7 +156,6 @@ def test_messages_of_another_length_are_an_error_in_words(asked_first: bool) -> 
             receive.wait()
         else:
             transport.post([Message(1, torch.zeros(1), 2)], [Message(1, torch.zeros(3), 3)]).wait()
-        assert peer in (0, 1)
 
     error, _ = on_ranks(2, work, limit=0.5)
     if asked_first:

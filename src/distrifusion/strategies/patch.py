@@ -50,10 +50,18 @@ class PatchStep:
 
 @dataclass
 class _Chain:
-    """A normed band on its way through an activation to a convolution, and the border rows that go with it."""
+    """A normed band on its way through an activation to a convolution.
+
+    Attributes:
+        normed: the band.
+        conv: the convolution.
+        halo: where the rows of other bands go that came with the statistics; None if activated rows travel.
+        before, after: those rows, normed.
+    """
 
     normed: torch.Tensor
-    halo: Halo
+    conv: ConvSite
+    halo: Halo | None
     before: list[torch.Tensor]
     after: list[torch.Tensor]
 
@@ -179,25 +187,25 @@ class PatchStrategy:
         if self.is_whole(rows, level):
             return forward(x)
         assert level.bands is not None and isinstance(site.module, nn.GroupNorm)
-        conv = self._convs.get(site.conv or "") if spatial and self._may_chain(x) else None
-        halo = self._halo(conv, x) if conv else None
+        differentiable = torch.is_grad_enabled() and x.requires_grad
+        conv = self._convs.get(site.conv or "") if spatial and not differentiable else None
+        halo = self._halo(conv, x) if conv and self._border_travels_early() else None
         own = local_moments(x, site.module.num_groups)
         moments = own.unbind() if self.step.separate_norms else self._moments(site, level.bands, own)
         norm = Affine.of(site.module, *moments)
         normed = norm(x)
-        if halo is not None:
-            before, after = ([norm(rows) for rows in side] for side in halo.wait())
-            self._chain = _Chain(normed, halo, before, after)
+        if conv is not None:
+            before, after = halo.wait() if halo else ([], [])
+            self._chain = _Chain(normed, conv, halo, [norm(rows) for rows in before], [norm(rows) for rows in after])
         return normed
 
-    def _may_chain(self, x: torch.Tensor) -> bool:
+    def _border_travels_early(self) -> bool:
         """Whether the border rows that the next convolution wants travel as the norm's input, with its statistics.
 
         That is one wait for both; the receiver norms and activates them. Old rows must not: normed with newer and
         other statistics than those of the band they are from, they can drive neighbours apart.
         """
-        differentiable = torch.is_grad_enabled() and x.requires_grad
-        return not differentiable and not self._exchange.keeps(SiteKind.HALO, SiteKind.NORM)
+        return not self._exchange.keeps(SiteKind.HALO, SiteKind.NORM)
 
     def _moments(
         self, site: NormSite, bands: tuple[Interval, ...], own: torch.Tensor
@@ -215,7 +223,18 @@ class PatchStrategy:
         if chain is None or x is not chain.normed:
             return forward(x)
         self._chain = None
-        self._extended = _surround(x, chain, self.step.dim)
+        dim, bands = self.step.dim, self.step.levels[chain.conv.level].bands
+        assert bands is not None
+        own = bands[self.step.index]
+        want = input_rows(chain.conv.module, dim, own)
+        self._extended = _room(x, len(want), dim)
+        inside = self._extended.narrow(dim, own.start - want.start, len(own))
+        _silu_into(x, out=inside)
+        if chain.halo is not None:
+            chain.halo.fill(self._extended, chain.before, chain.after, lambda place, rows: _silu_into(rows, out=place))
+        else:
+            halo = self._halo(chain.conv, inside)
+            halo.fill(self._extended, *halo.wait(), torch.Tensor.copy_)
         return self._extended
 
     def _upsample(
@@ -302,22 +321,11 @@ def _rows_read(reach: tuple[int, int, int], outs: tuple[Interval, ...]) -> tuple
 _silu_into = torch.ops.aten.silu.out
 
 
-def _surround(x: torch.Tensor, chain: _Chain, dim: int) -> torch.Tensor:
-    """SiLU of a band [B, C, H, W] and of its border rows in one tensor, with zeros beyond the picture's edges."""
-    halo = chain.halo
-    pieces: list[torch.Tensor | int] = [
-        halo.edges[0], *chain.before, x.narrow(dim, halo.inside.start, len(halo.inside)), *chain.after, halo.edges[1],
-    ]  # fmt: skip
-    lengths = [piece if isinstance(piece, int) else piece.shape[dim] for piece in pieces]
-    shape = [sum(lengths) if d == dim else n for d, n in enumerate(x.shape)]
+def _room(x: torch.Tensor, length: int, dim: int) -> torch.Tensor:
+    """An empty tensor like x [B, C, H, W] but of this length along the cut."""
+    shape = [length if d == dim else n for d, n in enumerate(x.shape)]
     layout = torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
-    extended = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
-    for piece, place in zip(pieces, extended.split(lengths, dim), strict=True):
-        if isinstance(piece, int):
-            place.zero_()
-        else:
-            _silu_into(piece, out=place)
-    return extended
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
 
 
 def conv_without_padding(conv: nn.Module, dim: int, x: torch.Tensor) -> torch.Tensor:

@@ -18,12 +18,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import NamedTuple
 
 import torch
 
 from distrifusion.errors import ConfigError
 
-_BLOCK = 128  # tokens that share channel scales; a block of a small model's site stays in the second-level cache
+_BLOCK = 128  # tokens that share channel scales
+_CACHED = 1 << 19  # values that a CPU computes on at a time, so that they stay in its cache
 _STEP_BY_RMS = {2: 1.0, 1: 1.9}  # steps per root mean square: least error over 50 steps of the demo model
 _MARGIN = 1 + 2**-8  # a peak rounded down to bfloat16 must not push the largest code out of range
 _TINY = torch.finfo(torch.float32).tiny
@@ -64,115 +66,137 @@ class Codec:
 
         Args:
             pieces: P fresh tensors [B, L, C], with any strides.
-            base: [L, B, P, C] in float32, float16 or bfloat16; what the other side holds too.
+            base: [L, B, P, C] in float32, float16 or bfloat16, contiguous; what the other side holds too.
             out: uint8 [num_bytes(base.shape)], contiguous, at an even address.
         """
-        for block in self._blocks(base, out):
-            difference = torch.empty(block.base.shape, dtype=torch.float32, device=base.device)
-            for i, piece in enumerate(pieces):
-                fresh = piece.transpose(0, 1)[block.start : block.stop]
-                difference[..., i, :].copy_(fresh.unflatten(0, block.base.shape[:2]))
-            self._quantise_(difference.sub_(block.base), block)
-            _add_scaled_(difference, block)
+        room = _Room(base, 2)
+        for chunk, fresh in self._chunks(out, base, [piece.transpose(0, 1) for piece in pieces]):
+            difference, magnitude = room.like(chunk.base)
+            for i, piece in enumerate(fresh):
+                difference[..., i, :].copy_(piece)
+            difference.sub_(chunk.base)
+            channel, token = self._scale_(difference, magnitude, chunk)
+            half = 2 ** (self.bits - 1)
+            difference.floor_().clamp_(-half, half - 1)
+            self._pack(difference.flatten(1), chunk.codes)
+            _add_scaled_(chunk.base, difference.add_(0.5), token, channel)
 
     def decode_(self, packed: torch.Tensor, base: torch.Tensor) -> None:
         """Add the difference that `encode_` wrote to the receiver's `base`, to the bits that the sender now holds."""
-        for block in self._blocks(base, packed):
-            codes = self._unpack(block.codes, block.base[0].numel())
-            levels = codes.view(block.base.shape).to(torch.float32)
-            _add_scaled_(levels.add_(0.5 - 2 ** (self.bits - 1)), block)
+        room = _Room(base, 1)
+        for chunk, _ in self._chunks(packed, base, []):
+            (levels,) = room.like(chunk.base)
+            levels.copy_(self._unpack(chunk.codes, chunk.base[0].numel()).view(chunk.base.shape))
+            levels.add_(0.5 - 2 ** (self.bits - 1))
+            _add_scaled_(chunk.base, levels, chunk.token.to(torch.float32), chunk.channel.to(torch.float32))
 
     def _code_bytes(self, num_values: int) -> int:
         return -(-num_values * self.bits // 8)
 
-    def _blocks(self, base: torch.Tensor, wire: torch.Tensor) -> Iterator[_Blocks]:
-        """Blocks of a part, with what of the wire belongs to them."""
+    def _chunks(
+        self, wire: torch.Tensor, base: torch.Tensor, fresh: Sequence[torch.Tensor]
+    ) -> Iterator[tuple[_Chunk, list[torch.Tensor]]]:
+        """Some blocks at a time of a part, with what of the wire belongs to them, and of `fresh` [L, B, C]."""
+        assert wire.shape == (self.num_bytes(base.shape),), (wire.shape, base.shape)
+        num_tokens, width, channels = len(base), prod(base.shape[1:]), base.shape[-1]
         if not base.numel():
             return
-        assert wire.shape == (self.num_bytes(base.shape),), (wire.shape, base.shape)
-        num_tokens, shape, width = len(base), base.shape[1:], base[0].numel()
-        counts = [-(-num_tokens // _BLOCK) * width, num_tokens * (width // shape[-1])]
-        channel, token, codes = wire.split([2 * counts[0], 2 * counts[1], len(wire) - 2 * sum(counts)])
-        channel = channel.view(torch.bfloat16).view(-1, 1, *shape)
-        token = token.view(torch.bfloat16).view(num_tokens, *shape[:-1], 1)
-        full = num_tokens // _BLOCK * _BLOCK
-        at_once = max(full, _BLOCK) if _takes_all_at_once(base.device) else _BLOCK
-        starts = [*range(0, full, at_once), *([full] if full < num_tokens else [])]
-        for start, stop in zip(starts, [*starts[1:], num_tokens], strict=True):
-            length = min(_BLOCK, stop - start)
-            first, count = start // _BLOCK, (stop - start) // length
-            per_block = self._code_bytes(length * width)
-            offset = first * self._code_bytes(_BLOCK * width)
-            yield _Blocks(
-                start=start,
-                stop=stop,
-                base=base[start:stop].unflatten(0, (count, length)),
-                channel=channel[first : first + count],
-                token=token[start:stop].unflatten(0, (count, length)),
-                codes=codes[offset : offset + count * per_block].view(count, per_block),
-            )
+        num_full = num_tokens // _BLOCK
+        num_blocks = -(-num_tokens // _BLOCK)
+        sizes = [
+            2 * num_blocks * width,
+            2 * num_tokens * (width // channels),
+            num_full * self._code_bytes(_BLOCK * width),
+        ]
+        scales, shares, codes, rest = wire.split([*sizes, len(wire) - sum(sizes)])
+        channel = scales.view(torch.bfloat16).view(-1, 1, *base.shape[1:])
+        token = shares.view(torch.bfloat16).view(*base.shape[:-1], 1)
+        middle = num_full * _BLOCK
+        for blocks, tokens, coded, length in (
+            (slice(num_full), slice(middle), codes, _BLOCK),
+            (slice(num_full, None), slice(middle, None), rest, num_tokens - middle),
+        ):
+            if not coded.numel():
+                continue
+            by_token = [t[tokens].unflatten(0, (-1, length)) for t in (base, token, *fresh)]
+            num = len(by_token[0])
+            at_once = num if _takes_all_at_once(base.device) else _blocks_at_once(width)
+            by_block = (*by_token, channel[blocks], coded.view(num, -1))
+            for b, t, *pieces, c, k in zip(*(x.split(at_once) for x in by_block), strict=True):
+                yield _Chunk(b, c, t, k), pieces
 
-    def _quantise_(self, difference: torch.Tensor, block: _Blocks) -> None:
-        """Write scales and codes to the wire, and turn the difference [n, L, B, P, C] into levels, in steps."""
-        half = 2 ** (self.bits - 1)
-        magnitude = difference.abs()
-        block.channel.copy_(magnitude.mean(1, keepdim=True))
-        difference.mul_(_reciprocal(block.channel))
+    def _scale_(
+        self, difference: torch.Tensor, magnitude: torch.Tensor, chunk: _Chunk
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Divide a difference [n, L, B, P, C] by its steps; puts channel and token scales on the wire, returns them."""
+        torch.abs(difference, out=magnitude)
+        chunk.channel.copy_(magnitude.mean(1, keepdim=True))
+        channel = chunk.channel.to(torch.float32)
+        difference.mul_(_reciprocal(channel))
         if self.bits in _STEP_BY_RMS:
             norm = torch.linalg.vector_norm(difference, dim=-1, keepdim=True)
-            block.token.copy_(norm.mul_(_STEP_BY_RMS[self.bits] * difference.shape[-1] ** -0.5))
+            chunk.token.copy_(norm.mul_(_STEP_BY_RMS[self.bits] * difference.shape[-1] ** -0.5))
         else:
             peak = torch.abs(difference, out=magnitude).amax(-1, keepdim=True)
-            block.token.copy_(peak.mul_(_MARGIN / half))
-        difference.mul_(_reciprocal(block.token)).floor_().clamp_(-half, half - 1)
-        self._pack(difference.flatten(1), block.codes)
-        difference.add_(0.5)
+            chunk.token.copy_(peak.mul_(_MARGIN * 2 ** (1 - self.bits)))
+        token = chunk.token.to(torch.float32)
+        difference.mul_(_reciprocal(token))
+        return channel, token
 
     def _pack(self, floors: torch.Tensor, out: torch.Tensor) -> None:
         """Codes of [n, values] whole numbers from -2^(bits-1) on, as [n, bytes]; halves of a row share bytes."""
-        num_values, num_codes = floors.shape[1], out.shape[1] * 8 // self.bits
-        signed = torch.empty(len(floors), num_codes, dtype=torch.int8, device=out.device)
-        signed[:, :num_values].copy_(floors)
-        signed[:, num_values:].fill_(0)
-        # uint8 wraps: -1 is 255, and 255 + half is half - 1.
-        codes = signed.view(torch.uint8).add_(2 ** (self.bits - 1))
-        for bits in (1, 2, 4):
-            if bits >= self.bits:
-                low, high = codes.chunk(2, 1)
-                codes = torch.add(low, high, alpha=2**bits)
-        out.copy_(codes)
+        codes = out if self.bits == 8 else out.new_zeros(len(out), out.shape[1] * 8 // self.bits)
+        codes.view(torch.int8)[:, : floors.shape[1]].copy_(floors)
+        codes.add_(2 ** (self.bits - 1))  # uint8 wraps: -1 is 255, and 255 + half is half - 1
+        bits = self.bits
+        while bits < 8:
+            low, high = codes.chunk(2, 1)
+            codes = torch.add(low, high, alpha=2**bits, out=out if bits == 4 else None)
+            bits *= 2
 
     def _unpack(self, packed: torch.Tensor, num_values: int) -> torch.Tensor:
         """The codes [n, values] of bytes [n, bytes], from 0 to 2^bits - 1."""
-        for bits in (4, 2, 1):
-            if bits >= self.bits:
-                wide = packed.new_empty(len(packed), 2 * packed.shape[1])
-                low, high = wide.chunk(2, 1)
-                torch.bitwise_and(packed, 2**bits - 1, out=low)
-                torch.bitwise_right_shift(packed, bits, out=high)
-                packed = wide
+        bits = 8
+        while bits > self.bits:
+            bits //= 2
+            wide = packed.new_empty(len(packed), 2 * packed.shape[1])
+            low, high = wide.chunk(2, 1)
+            torch.bitwise_and(packed, 2**bits - 1, out=low)
+            torch.bitwise_right_shift(packed, bits, out=high)
+            packed = wide
         return packed[:, :num_values]
 
 
-@dataclass(frozen=True)
-class _Blocks:
-    """Blocks of equal length: n of them, with L tokens each.
+class _Chunk(NamedTuple):
+    """n blocks of L tokens: what both sides hold, and what of the wire belongs to it.
 
     Attributes:
-        start: the first token in the part.
-        stop: the token after the last.
         base: [n, L, B, P, C].
-        channel: v on the wire, [n, 1, B, P, C].
-        token: u on the wire, [n, L, B, P, 1].
-        codes: on the wire, [n, bytes].
+        channel: v, [n, 1, B, P, C].
+        token: u, [n, L, B, P, 1].
+        codes: [n, bytes].
     """
 
-    start: int
-    stop: int
     base: torch.Tensor
     channel: torch.Tensor
     token: torch.Tensor
     codes: torch.Tensor
+
+
+class _Room:
+    """Room for values in float32 that every chunk of a part uses again."""
+
+    def __init__(self, base: torch.Tensor, num_tensors: int) -> None:
+        num_blocks = -(-len(base) // _BLOCK)
+        width = prod(base.shape[1:])
+        if not _takes_all_at_once(base.device):
+            num_blocks = min(num_blocks, _blocks_at_once(width))
+        values = min(num_blocks * _BLOCK, len(base)) * width
+        self._room = torch.empty(num_tensors, values, dtype=torch.float32, device=base.device)
+
+    def like(self, chunk: torch.Tensor) -> list[torch.Tensor]:
+        """Tensors of a chunk's shape."""
+        return [room[: chunk.numel()].view(chunk.shape) for room in self._room]
 
 
 def _takes_all_at_once(device: torch.device) -> bool:
@@ -180,11 +204,15 @@ def _takes_all_at_once(device: torch.device) -> bool:
     return device.type != "cpu"
 
 
+def _blocks_at_once(width: int) -> int:
+    return max(1, _CACHED // (_BLOCK * width)) if width else 1
+
+
 def _reciprocal(scale: torch.Tensor) -> torch.Tensor:
     """1 / scale in float32, finite also where the scale is zero; there, what it multiplies is zero too."""
-    return scale.to(torch.float32).clamp_min_(_TINY).reciprocal_()
+    return scale.clamp_min(_TINY).reciprocal_()
 
 
-def _add_scaled_(levels: torch.Tensor, block: _Blocks) -> None:
+def _add_scaled_(base: torch.Tensor, levels: torch.Tensor, token: torch.Tensor, channel: torch.Tensor) -> None:
     # Products and sum apart: one fused operation rounds otherwise, and not everywhere alike.
-    block.base.add_(levels.mul_(block.token.to(torch.float32)).mul_(block.channel.to(torch.float32)))
+    base.add_(levels.mul_(token).mul_(channel))

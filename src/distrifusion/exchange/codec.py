@@ -9,8 +9,9 @@ u[l] v[c], a rank-1 table for each batch row, piece and block of 128 tokens. v i
 u makes the outermost level the token's largest |d / v| at 8 and 4 bits, so that nothing is clipped, and is a multiple
 of its root mean square at 2 and 1 bits. Scales travel as bfloat16, which has the range of float32.
 
-Wire format of a part [L, B, P, C] (L tokens, B batch, P pieces that travel together, C channels), n blocks:
-v [n, B, P, C], u [L, B, P, 1], both bfloat16, then the codes of each block, 8 / bits to a byte.
+Wire format of a part [L, B, P, C] (L tokens, B batch, P pieces that travel together, C channels): its n full blocks,
+then the rest as one shorter block; of each of the two v [n, B, P, C] and u [n, L, B, P], both bfloat16, and the codes,
+8 / bits to a byte.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ class Codec:
     """Codes differences with a number of bits per value.
 
     A value that is not finite arrives so, and takes with it others of its block of tokens, batch row and piece (NaN all
-    of them); the base stays so, on both sides, until it is set anew.
+    of them); the base stays so, on both sides, until it is set anew. In float16, so does a value within a step of the
+    largest one.
     """
 
     bits: int
@@ -48,7 +50,7 @@ class Codec:
         Raises:
             ConfigError: another number of bits.
         """
-        if isinstance(bits, bool) or bits not in (8, 4, 2, 1):
+        if type(bits) is not int or bits not in (8, 4, 2, 1):
             raise ConfigError(
                 f"a difference is coded with 8, 4, 2 or 1 bits, not {bits!r}; full precision needs no codec"
             )
@@ -56,92 +58,67 @@ class Codec:
 
     def num_bytes(self, shape: Sequence[int]) -> int:
         """Bytes of a coded part of shape [L, B, P, C]."""
-        num_tokens, width = shape[0], prod(shape[1:])
-        num_full, rest = divmod(num_tokens, _BLOCK)
-        num_scales = -(-num_tokens // _BLOCK) * width + num_tokens * prod(shape[1:-1])
-        return 2 * num_scales + num_full * self._code_bytes(_BLOCK * width) + self._code_bytes(rest * width)
+        return sum(sum(self._sizes(run, shape)) for run in _runs(shape[0]))
 
     def encode_(self, pieces: Sequence[torch.Tensor], base: torch.Tensor, out: torch.Tensor) -> None:
         """Code pieces - base into `out`, and add the decoded difference to `base`, as every receiver does.
 
         Args:
-            pieces: P fresh tensors [B, L, C], with any strides.
-            base: [L, B, P, C] in float32, float16 or bfloat16, contiguous; what the other side holds too.
+            pieces: P fresh tensors [B, L, C].
+            base: [L, B, P, C] in float32, float16 or bfloat16; what the other side holds too.
             out: uint8 [num_bytes(base.shape)], contiguous, at an even address.
         """
-        room = _Room(base, 2)
-        for chunk, fresh in self._chunks(out, base, [piece.transpose(0, 1) for piece in pieces]):
-            difference, magnitude = room.like(chunk.base)
-            for i, piece in enumerate(fresh):
+        half = 2 ** (self.bits - 1)
+        chunks = self._chunks(out, base, [piece.transpose(0, 1) for piece in pieces])
+        for chunk, (difference, magnitude) in _with_room(chunks, 2):
+            for i, piece in enumerate(chunk.fresh):
                 difference[..., i, :].copy_(piece)
             difference.sub_(chunk.base)
-            channel, token = self._scale_(difference, magnitude, chunk)
-            half = 2 ** (self.bits - 1)
-            difference.floor_().clamp_(-half, half - 1)
+            channel = _put(_channel_scale(difference, magnitude), chunk.channel)
+            difference.mul_(_reciprocal(channel))
+            token = _put(self._token_scale(difference, magnitude), chunk.token)
+            difference.mul_(_reciprocal(token)).floor_().clamp_(-half, half - 1)
             self._pack(difference.flatten(1), chunk.codes)
             _add_scaled_(chunk.base, difference.add_(0.5), token, channel)
 
     def decode_(self, packed: torch.Tensor, base: torch.Tensor) -> None:
         """Add the difference that `encode_` wrote to the receiver's `base`, to the bits that the sender now holds."""
-        room = _Room(base, 1)
-        for chunk, _ in self._chunks(packed, base, []):
-            (levels,) = room.like(chunk.base)
-            levels.copy_(self._unpack(chunk.codes, chunk.base[0].numel()).view(chunk.base.shape))
+        for chunk, (levels,) in _with_room(self._chunks(packed, base), 1):
+            levels.copy_(self._unpack(chunk.codes, levels[0].numel()).view(levels.shape))
             levels.add_(0.5 - 2 ** (self.bits - 1))
             _add_scaled_(chunk.base, levels, chunk.token.to(torch.float32), chunk.channel.to(torch.float32))
 
-    def _code_bytes(self, num_values: int) -> int:
-        return -(-num_values * self.bits // 8)
+    def _sizes(self, run: _Run, shape: Sequence[int]) -> tuple[int, int, int]:
+        """Bytes of a run's v, u and codes."""
+        scales, shares = prod(shape[1:]), run.length * prod(shape[1:-1])
+        codes = -(-run.length * scales * self.bits // 8)
+        return 2 * run.num_blocks * scales, 2 * run.num_blocks * shares, run.num_blocks * codes
 
-    def _chunks(
-        self, wire: torch.Tensor, base: torch.Tensor, fresh: Sequence[torch.Tensor]
-    ) -> Iterator[tuple[_Chunk, list[torch.Tensor]]]:
-        """Some blocks at a time of a part, with what of the wire belongs to them, and of `fresh` [L, B, C]."""
-        assert wire.shape == (self.num_bytes(base.shape),), (wire.shape, base.shape)
-        num_tokens, width, channels = len(base), prod(base.shape[1:]), base.shape[-1]
-        if not base.numel():
-            return
-        num_full = num_tokens // _BLOCK
-        num_blocks = -(-num_tokens // _BLOCK)
-        sizes = [
-            2 * num_blocks * width,
-            2 * num_tokens * (width // channels),
-            num_full * self._code_bytes(_BLOCK * width),
-        ]
-        scales, shares, codes, rest = wire.split([*sizes, len(wire) - sum(sizes)])
-        channel = scales.view(torch.bfloat16).view(-1, 1, *base.shape[1:])
-        token = shares.view(torch.bfloat16).view(*base.shape[:-1], 1)
-        middle = num_full * _BLOCK
-        for blocks, tokens, coded, length in (
-            (slice(num_full), slice(middle), codes, _BLOCK),
-            (slice(num_full, None), slice(middle, None), rest, num_tokens - middle),
+    def _chunks(self, wire: torch.Tensor, base: torch.Tensor, fresh: Sequence[torch.Tensor] = ()) -> list[_Chunk]:
+        """A part, and its fresh values [L, B, C], as what is computed at a time."""
+        runs, shape = _runs(len(base)), base.shape[1:]
+        fields = iter(wire.split([size for run in runs for size in self._sizes(run, base.shape)]))
+        tokens = zip(*(t.split([run.num_blocks * run.length for run in runs]) for t in (base, *fresh)), strict=True)
+        chunks = []
+        for (num_blocks, length), values, channel, token, codes in zip(
+            runs, tokens, fields, fields, fields, strict=True
         ):
-            if not coded.numel():
-                continue
-            by_token = [t[tokens].unflatten(0, (-1, length)) for t in (base, token, *fresh)]
-            num = len(by_token[0])
-            at_once = num if _takes_all_at_once(base.device) else _blocks_at_once(width)
-            by_block = (*by_token, channel[blocks], coded.view(num, -1))
-            for b, t, *pieces, c, k in zip(*(x.split(at_once) for x in by_block), strict=True):
-                yield _Chunk(b, c, t, k), pieces
+            by_block = (
+                channel.view(torch.bfloat16).view(num_blocks, 1, *shape),
+                token.view(torch.bfloat16).view(num_blocks, length, *shape[:-1], 1),
+                codes.view(num_blocks, -1),
+                *(value.unflatten(0, (num_blocks, length)) for value in values),
+            )
+            split = (t.split(_blocks_at_once(base)) for t in by_block)
+            chunks += [_Chunk(c, t, k, b, f) for c, t, k, b, *f in zip(*split, strict=True)]
+        return chunks
 
-    def _scale_(
-        self, difference: torch.Tensor, magnitude: torch.Tensor, chunk: _Chunk
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Divide a difference [n, L, B, P, C] by its steps; puts channel and token scales on the wire, returns them."""
-        torch.abs(difference, out=magnitude)
-        chunk.channel.copy_(magnitude.mean(1, keepdim=True))
-        channel = chunk.channel.to(torch.float32)
-        difference.mul_(_reciprocal(channel))
+    def _token_scale(self, ratio: torch.Tensor, room: torch.Tensor) -> torch.Tensor:
+        """u [n, L, B, P, 1] of d / v [n, L, B, P, C]."""
         if self.bits in _STEP_BY_RMS:
-            norm = torch.linalg.vector_norm(difference, dim=-1, keepdim=True)
-            chunk.token.copy_(norm.mul_(_STEP_BY_RMS[self.bits] * difference.shape[-1] ** -0.5))
-        else:
-            peak = torch.abs(difference, out=magnitude).amax(-1, keepdim=True)
-            chunk.token.copy_(peak.mul_(_MARGIN * 2 ** (1 - self.bits)))
-        token = chunk.token.to(torch.float32)
-        difference.mul_(_reciprocal(token))
-        return channel, token
+            norm = torch.linalg.vector_norm(ratio, dim=-1, keepdim=True)
+            return norm.mul_(_STEP_BY_RMS[self.bits] * ratio.shape[-1] ** -0.5)
+        return torch.abs(ratio, out=room).amax(-1, keepdim=True).mul_(_MARGIN * 2 ** (1 - self.bits))
 
     def _pack(self, floors: torch.Tensor, out: torch.Tensor) -> None:
         """Codes of [n, values] whole numbers from -2^(bits-1) on, as [n, bytes]; halves of a row share bytes."""
@@ -167,49 +144,63 @@ class Codec:
         return packed[:, :num_values]
 
 
+class _Run(NamedTuple):
+    """Blocks of equal length, in tokens."""
+
+    num_blocks: int
+    length: int
+
+
 class _Chunk(NamedTuple):
-    """n blocks of L tokens: what both sides hold, and what of the wire belongs to it.
+    """n blocks of L tokens that are computed together.
 
     Attributes:
+        channel: v on the wire, [n, 1, B, P, C].
+        token: u on the wire, [n, L, B, P, 1].
+        codes: on the wire, [n, bytes].
         base: [n, L, B, P, C].
-        channel: v, [n, 1, B, P, C].
-        token: u, [n, L, B, P, 1].
-        codes: [n, bytes].
+        fresh: P pieces [n, L, B, C] where the part is sent.
     """
 
-    base: torch.Tensor
     channel: torch.Tensor
     token: torch.Tensor
     codes: torch.Tensor
+    base: torch.Tensor
+    fresh: list[torch.Tensor]
 
 
-class _Room:
-    """Room for values in float32 that every chunk of a part uses again."""
-
-    def __init__(self, base: torch.Tensor, num_tensors: int) -> None:
-        num_blocks = -(-len(base) // _BLOCK)
-        width = prod(base.shape[1:])
-        if not _takes_all_at_once(base.device):
-            num_blocks = min(num_blocks, _blocks_at_once(width))
-        values = min(num_blocks * _BLOCK, len(base)) * width
-        self._room = torch.empty(num_tensors, values, dtype=torch.float32, device=base.device)
-
-    def like(self, chunk: torch.Tensor) -> list[torch.Tensor]:
-        """Tensors of a chunk's shape."""
-        return [room[: chunk.numel()].view(chunk.shape) for room in self._room]
+def _runs(num_tokens: int) -> list[_Run]:
+    """The full blocks of a part, and the rest."""
+    runs = _Run(num_tokens // _BLOCK, _BLOCK), _Run(1, num_tokens % _BLOCK)
+    return [run for run in runs if run.num_blocks and run.length]
 
 
-def _takes_all_at_once(device: torch.device) -> bool:
-    """Whether all full blocks are computed together: few kernels, but on a CPU what is in between leaves its cache."""
-    return device.type != "cpu"
+def _blocks_at_once(base: torch.Tensor) -> int:
+    """Blocks in a chunk: on a CPU few, so that what is computed stays in its cache, else all: kernels are few."""
+    return max(1, _CACHED // (_BLOCK * base[0].numel())) if base.device.type == "cpu" else len(base)
 
 
-def _blocks_at_once(width: int) -> int:
-    return max(1, _CACHED // (_BLOCK * width)) if width else 1
+def _with_room(chunks: list[_Chunk], num_tensors: int) -> Iterator[tuple[_Chunk, list[torch.Tensor]]]:
+    """Chunks, each with float32 tensors of its shape; all chunks use the same memory, whose pages are then there."""
+    if chunks:
+        base = chunks[0].base  # no later chunk is larger
+        room = torch.empty(num_tensors, base.numel(), dtype=torch.float32, device=base.device)
+        for chunk in chunks:
+            yield chunk, [flat[: chunk.base.numel()].view(chunk.base.shape) for flat in room]
+
+
+def _channel_scale(difference: torch.Tensor, room: torch.Tensor) -> torch.Tensor:
+    """v [n, 1, B, P, C] of d [n, L, B, P, C]."""
+    return torch.abs(difference, out=room).mean(1, keepdim=True)
+
+
+def _put(scale: torch.Tensor, wire: torch.Tensor) -> torch.Tensor:
+    """The scale as a receiver reads it from the wire."""
+    return wire.copy_(scale).to(torch.float32)
 
 
 def _reciprocal(scale: torch.Tensor) -> torch.Tensor:
-    """1 / scale in float32, finite also where the scale is zero; there, what it multiplies is zero too."""
+    """1 / scale, finite also where the scale is zero; there, what it multiplies is zero too."""
     return scale.clamp_min(_TINY).reciprocal_()
 
 

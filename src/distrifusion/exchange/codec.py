@@ -107,7 +107,7 @@ class Codec:
                 channel.view(torch.bfloat16).view(num_blocks, 1, *shape),
                 token.view(torch.bfloat16).view(num_blocks, length, *shape[:-1], 1),
                 codes.view(num_blocks, -1),
-                *(value.unflatten(0, (num_blocks, length)) for value in values),
+                *(value.view(num_blocks, length, *value.shape[1:]) for value in values),
             )
             split = (t.split(_blocks_at_once(base)) for t in by_block)
             chunks += [_Chunk(c, t, k, b, f) for c, t, k, b, *f in zip(*split, strict=True)]
@@ -122,8 +122,9 @@ class Codec:
 
     def _pack(self, floors: torch.Tensor, out: torch.Tensor) -> None:
         """Codes of [n, values] whole numbers from -2^(bits-1) on, as [n, bytes]; halves of a row share bytes."""
-        codes = out if self.bits == 8 else out.new_zeros(len(out), out.shape[1] * 8 // self.bits)
+        codes = out if self.bits == 8 else out.new_empty(len(out), out.shape[1] * 8 // self.bits)
         codes.view(torch.int8)[:, : floors.shape[1]].copy_(floors)
+        codes[:, floors.shape[1] :].zero_()
         codes.add_(2 ** (self.bits - 1))  # uint8 wraps: -1 is 255, and 255 + half is half - 1
         bits = self.bits
         while bits < 8:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -16,10 +16,11 @@ from distrifusion.anatomy.base import AdaptiveNormSite, FilterSite, ResampleSite
 from distrifusion.errors import ConfigError, PlanError, UnsupportedModel
 from distrifusion.exchange.pool import CallState, Pool
 from distrifusion.exchange.transport import Transport
-from distrifusion.exchange.verbs import CallPolicy, Exchange
+from distrifusion.exchange.verbs import Exchange
 from distrifusion.mesh import CallLayout, RankGrid
+from distrifusion.pacing import Pacing
 from distrifusion.partition import Interval, Level, partition_levels
-from distrifusion.plan import Norms, Plan, SiteKind, Split
+from distrifusion.plan import Norms, Plan, Split
 from distrifusion.strategies.adaptive_norm import AdaptiveNormStrategy
 from distrifusion.strategies.attach import Attachment
 from distrifusion.strategies.conv_stack import ConvStackStrategy
@@ -67,6 +68,7 @@ class ParallelDenoiser:
         self.slot: Hashable = 0
         self._anatomy = anatomy_of(model)
         self._grid = RankGrid(plan, transport.rank)
+        self._pacing = Pacing(plan, self.exchange)
         self._patch = PatchStrategy(self.exchange, plan.norms)
         self._stack = ConvStackStrategy(self._patch)
         self._resample = ResampleStrategy(self.exchange, self._patch)
@@ -176,17 +178,17 @@ class ParallelDenoiser:
         num_rows, _, height, width = call.sample.shape
         layout = self._grid.layout(num_rows)
         state = self._state(call.sample)
-        policy, past_warmup = self._policy(layout, state)
+        past_warmup = self._pacing.past_warmup(state)
         split = self.plan.split_of(state.calls if state else 0)
         num_levels = self._anatomy.num_levels(self.model)
         levels = partition_levels(height, width, num_levels, len(layout.team), split)
         take = partial(_take_rows, layout.batch[self.exchange.transport.rank], num_rows)
-        sample = take(call.sample)
+        sample, batched = take(call.sample), _map(call.batched, take)
 
         separate = past_warmup and self.plan.norms is Norms.SEPARATE
         self._patch.begin(PatchStep(levels, layout.index, sample, separate))
-        self.exchange.begin(policy)
-        batched = _map(call.batched, take)
+        timestep = batched.get("timestep", 0)
+        self.exchange.begin(self._pacing.policy(layout.team, layout.index, state, timestep, sample.device))
         spatial = _map(call.spatial, partial(self._own_part, take, num_rows))
         own = self._patch.cut(sample)
         if past_warmup and self.plan.naive:
@@ -195,9 +197,11 @@ class ParallelDenoiser:
             self._patch.begin(PatchStep(partition_levels(*own.shape[2:], num_levels, 1, split), 0, own))
         result = forward(own, **batched, **spatial, **{**call.rest, "return_dict": False})
         tensors = self._anatomy.tensors(result)
+        decide = self._pacing.announce(state, self.prefix, sample)
         if not self._anatomy.stays_cut(call):
             exits = zip(tensors, self._anatomy.exits(self.model), strict=True)
             tensors = [self._join(tensor, layout, levels[level], num_rows) for tensor, level in exits]
+        decide()
         self.exchange.end()
         return self._anatomy.output(tensors, call)
 
@@ -224,16 +228,6 @@ class ParallelDenoiser:
         self.slot = self.slot + 1 if isinstance(self.slot, int) else self.slot
         return self.pool.state(self.request, slot)
 
-    def _policy(self, layout: CallLayout, state: CallState | None) -> tuple[CallPolicy, bool]:
-        """How values are exchanged in this call, and whether the synchronous calls of its request are over."""
-        policy = CallPolicy(layout.team, layout.index)
-        if state is None:
-            return policy, False
-        past_warmup = state.calls >= self.plan.num_synchronous
-        keep = self.plan.stale - {SiteKind.NORM} if self.plan.norms is Norms.SEPARATE else self.plan.stale
-        stale = keep if past_warmup else frozenset()
-        return replace(policy, keep=keep, stale=stale, state=state, frozen=self.plan.frozen), past_warmup
-
     def _join(self, own: torch.Tensor, layout: CallLayout, level: Level, num_rows: int) -> torch.Tensor:
         """The whole prediction from every rank's rows of the batch and band of the picture."""
         rank = self.exchange.transport.rank
@@ -245,7 +239,7 @@ class ParallelDenoiser:
             for r, (rows, band) in enumerate(zip(layout.batch, layout.band, strict=True))
         }
         shapes = {r: block.shape for r, block in blocks.items() if r != rank}
-        received = self.exchange.collect(f"{self.prefix}exit", own, shapes)
+        received = self.exchange.collect(f"{self.prefix}exit", own, shapes).wait()
         for r, block in blocks.items():
             block.copy_(own if r == rank else received[r])
         return full

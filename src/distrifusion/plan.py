@@ -38,9 +38,19 @@ ALL_KINDS = frozenset(SiteKind)
 DEFAULT_WARMUP = 4
 
 _DEGREE = re.compile(r"(cfg|patch)(\d+)")
-_WARMUP = re.compile(r"w(\d+)")
+DEFAULT_STALE = frozenset({SiteKind.KV})
+DEFAULT_FORECAST = 50
+MOST_FORECAST = 200
+CODED_BITS = (1, 2, 4, 8)
+DELTA_BITS = (*CODED_BITS, 32)
+
+_NUMBERS = {"w": "warmup", "delta": "delta", "forecast": "forecast", "resync": "resync"}
+_NUMBER = re.compile(rf"({'|'.join(_NUMBERS)})(\d+)")
 _POLICY_WORDS = ("sync", "displaced", "frozen", "naive")
-_WORDS = ("cfg<N>", "patch<N>", *Split, *_POLICY_WORDS, *SiteKind, "all", *Norms, "w<N>")
+_WORDS = (
+    "cfg<N>", "patch<N>", *Split, *_POLICY_WORDS, *SiteKind, "all", *Norms,
+    "delta<bits>", "forecast<percent>", "resync<percent>", "w<N>",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -49,10 +59,13 @@ class Plan:
 
     The text form joins words with dots: `cfg2.patch4.displaced.w4`. Words: `cfg<N>` and `patch<N>` (degrees), `rows`
     or `columns` (direction of the bands), `sync` or `displaced` (DistriFusion, arXiv 2402.19481), after `displaced`
-    the kinds that may be stale (`kv`, `halo`, `norm`; `all`, the published form, if none is named), and `w<N>`.
+    the kinds that may be stale (`kv`, `halo`, `norm`; `kv` if none is named; `all` is the published form), and `w<N>`.
+    `delta<bits>` sends keys and values as coded differences (CompactFusion, arXiv 2507.17511), fresh ones or, after
+    `displaced`, stale ones. After `displaced`, `forecast` or `forecast<percent>` extrapolates stale keys and values,
+    and `resync<percent>` makes a call synchronous when they have drifted by more than that since the one before.
     For research: `frozen` in place of `displaced` (the others' values stay those of the last synchronous call), `naive`
-    (bands exchange nothing but the prediction; rows, columns or `alternating`), and after `displaced` or `frozen`
-    `stalenorm` or `separatenorm` (what norms do with old statistics).
+    (bands exchange nothing but the prediction; rows, columns or `alternating`), and after `displaced.all` or
+    `frozen.all` `stalenorm` or `separatenorm` (what norms do with old statistics).
 
     Attributes:
         cfg: ranks over which the branches of classifier-free guidance are spread; 1 or 2.
@@ -65,6 +78,9 @@ class Plan:
         frozen: remote values of kinds in `stale` are never renewed after the warm-up.
         naive: bands are pictures of their own after the warm-up.
         norms: what norms do with stale statistics.
+        delta: bits of a value's coded difference, one of 1, 2, 4, 8; 32 sends values as they are; None codes nothing.
+        forecast: percent of their last change by which stale keys and values are carried on, 0 to 200.
+        resync: percent of drift beyond which the next call is synchronous; 0 makes all calls so, None none.
 
     Raises:
         PlanError: on a value out of range or without effect.
@@ -78,6 +94,9 @@ class Plan:
     frozen: bool = False
     naive: bool = False
     norms: Norms = Norms.CORRECTED
+    delta: int | None = None
+    forecast: int = 0
+    resync: int | None = None
 
     def __post_init__(self) -> None:
         if self.cfg not in (1, 2):
@@ -86,8 +105,9 @@ class Plan:
             raise PlanError(f"patch{self.patch}: the number of bands is at least 1; use patch1 for no split")
         if self.warmup < 0:
             raise PlanError(f"w{self.warmup}: the number of warm-up calls is at least 0")
-        if not self.exact and self.patch == 1:
-            raise PlanError(f"{self._policy} needs at least two bands to have an effect; add patch2 or drop it")
+        if self.patch == 1 and (self.delta is not None or not self.exact):
+            word = self._policy if self.delta is None else f"delta{self.delta}"
+            raise PlanError(f"{word} needs at least two bands to have an effect; add patch2 or drop it")
         if self.naive and (self.stale or self.frozen):
             raise PlanError("naive bands exchange nothing, so nothing can be stale or frozen; drop one of the two")
         if self.frozen and not self.stale:
@@ -96,6 +116,25 @@ class Plan:
             raise PlanError(f"'{self.norms}' says what norms do with stale statistics; let 'norm' be stale, or drop it")
         if self.split is Split.ALTERNATING and not self.naive:
             raise PlanError("alternating bands have no values to use again; add naive, or choose rows or columns")
+        self._check_knobs()
+
+    def _check_knobs(self) -> None:
+        """Check what says how values travel and are used again; a knob without effect is an error."""
+        if self.delta is not None and self.delta not in DELTA_BITS:
+            raise PlanError(f"delta{self.delta}: a difference has {', '.join(map(str, DELTA_BITS))} bits")
+        if not 0 <= self.forecast <= MOST_FORECAST:
+            raise PlanError(f"forecast{self.forecast}: the percent of the last change is 0 to {MOST_FORECAST}")
+        if self.resync is not None and self.resync < 0:
+            raise PlanError(f"resync{self.resync}: the percent of drift is at least 0")
+        if self.delta is not None and (self.naive or self.frozen):
+            raise PlanError(f"'delta{self.delta}' codes what bands send, and '{self._policy}' sends nothing; drop one")
+        ages = SiteKind.KV in self.stale and not self.frozen
+        if self.forecast and not ages:
+            raise PlanError(
+                f"'forecast{self.forecast}' carries on stale keys and values; it needs 'displaced' with 'kv'"
+            )
+        if self.resync is not None and not ages:
+            raise PlanError(f"'resync{self.resync}' watches stale keys and values; it needs 'displaced' with 'kv'")
 
     @property
     def num_ranks(self) -> int:
@@ -105,11 +144,11 @@ class Plan:
     @property
     def exact(self) -> bool:
         """True when the result equals one device to rounding."""
-        return not self.stale and not self.naive
+        return not self.stale and not self.naive and self.delta not in CODED_BITS
 
     @property
     def num_synchronous(self) -> int:
-        """Denoiser calls of a request that are synchronous before others follow; of a plan that is not exact."""
+        """Denoiser calls of a request that are exact before others follow; of a plan that is not exact."""
         return self.warmup if self.naive else self.warmup + 1
 
     def split_of(self, call: int) -> Split:
@@ -128,12 +167,21 @@ class Plan:
             words.append(f"patch{self.patch}")
         if self.split is not Split.ROWS:
             words.append(str(self.split))
-        if not self.exact:
+        if self.stale or self.naive:
             words.append(self._policy)
-            if self.stale and self.stale != ALL_KINDS:
-                words += [str(kind) for kind in SiteKind if kind in self.stale]
-            if self.norms is not Norms.CORRECTED:
-                words.append(str(self.norms))
+        if self.stale == ALL_KINDS:
+            words.append("all")
+        elif self.stale != DEFAULT_STALE:
+            words += [str(kind) for kind in SiteKind if kind in self.stale]
+        if self.norms is not Norms.CORRECTED:
+            words.append(str(self.norms))
+        if self.delta is not None:
+            words.append(f"delta{self.delta}")
+        if self.forecast:
+            words.append("forecast" if self.forecast == DEFAULT_FORECAST else f"forecast{self.forecast}")
+        if self.resync is not None:
+            words.append(f"resync{self.resync}")
+        if not self.exact:
             words.append(f"w{self.warmup}")
         return ".".join(words)
 
@@ -192,8 +240,10 @@ def _parse(text: str) -> Plan:
     for word in text.strip().lower().split("."):
         if match := _DEGREE.fullmatch(word):
             put(match[1], int(match[2]), word)
-        elif match := _WARMUP.fullmatch(word):
-            put("warmup", int(match[1]), word)
+        elif match := _NUMBER.fullmatch(word):
+            put(_NUMBERS[match[1]], int(match[2]), word)
+        elif word == "forecast":
+            put("forecast", DEFAULT_FORECAST, word)
         elif word in tuple(Split):
             put("split", Split(word), word)
         elif word in _POLICY_WORDS:
@@ -210,17 +260,25 @@ def _parse(text: str) -> Plan:
     ages = policy in ("displaced", "frozen")
     for word in (*sorted(kinds), *([str(found["norms"])] if "norms" in found else [])) if not ages else ():
         raise PlanError(f"plan '{text}': '{word}' says what may be stale, which needs the word 'displaced'")
-    if "warmup" in found and policy == "sync":
-        raise PlanError(f"plan '{text}': 'w{found['warmup']}' has an effect only with the word 'displaced'")
-    if policy == "naive":
+    if "warmup" in found and policy == "sync" and "delta" not in found:
+        raise PlanError(f"plan '{text}': 'w{found['warmup']}' has an effect only with 'displaced' or 'delta<bits>'")
+    if policy == "naive" or "resync" in found or (policy == "sync" and "delta" in found):
         found.setdefault("warmup", 0)
-    stale = frozenset(kinds or ALL_KINDS) if ages else frozenset()
+    stale = frozenset(kinds or DEFAULT_STALE) if ages else frozenset()
     return Plan(stale=stale, frozen=policy == "frozen", naive=policy == "naive", **found)  # type: ignore[arg-type]
 
 
 def _unknown_word(text: str, word: str) -> str:
     stem = re.sub(r"\d+$", "", word)
-    known = {"cfg": "cfg2", "patch": "patch2", "w": "w4", **{w: w for w in _WORDS if "<" not in w}}
+    known = {
+        "cfg": "cfg2",
+        "patch": "patch2",
+        "w": "w4",
+        "delta": "delta4",
+        "resync": "resync20",
+        "forecast": "forecast",
+    }
+    known |= {w: w for w in _WORDS if "<" not in w}
     near = difflib.get_close_matches(stem, known, n=1)
     hint = f"did you mean '{known[near[0]]}'? " if near else ""
     return f"plan '{text}': unknown word '{word}'; {hint}the words are {', '.join(_WORDS)}"

@@ -18,10 +18,10 @@ VARIANTS = (
     "naive",
     "columns.naive",
     "alternating.naive",
+    "frozen.all",
     "frozen",
-    "frozen.kv",
-    "displaced.stalenorm",
-    "displaced.separatenorm",
+    "displaced.all.stalenorm",
+    "displaced.all.separatenorm",
     "frozen.norm.separatenorm",
 )
 FAR = 1e-3
@@ -49,7 +49,7 @@ def test_after_the_warm_up_the_result_is_another(sdxl: UNet2DConditionModel, var
     assert (second <= EXACT) is ("naive" not in variant), "naive bands need no first call"
 
 
-@pytest.mark.parametrize("variant", ["frozen", "displaced.stalenorm", "frozen.stalenorm"])
+@pytest.mark.parametrize("variant", ["frozen.all", "displaced.all.stalenorm", "frozen.all.stalenorm"])
 def test_the_same_input_again_is_exact(sdxl: UNet2DConditionModel, variant: str) -> None:
     assert max(errors(sdxl, f"cfg2.patch2.{variant}.w0", 3 * steps_of(sdxl, 1))) <= EXACT
 
@@ -80,7 +80,7 @@ def sent(unet: UNet2DConditionModel, plan: str) -> list[Counter[str]]:
     return on_ranks(unet, plan, work)
 
 
-@pytest.mark.parametrize("variant", ["naive", "frozen.w0"])
+@pytest.mark.parametrize("variant", ["naive", "frozen.all.w0"])
 def test_naive_and_frozen_bands_send_the_prediction_only(sdxl: UNet2DConditionModel, variant: str) -> None:
     for counts in sent(sdxl, f"patch3.{variant}"):
         assert set(counts) == {"exit"} and counts["exit"] > 0
@@ -88,7 +88,7 @@ def test_naive_and_frozen_bands_send_the_prediction_only(sdxl: UNet2DConditionMo
 
 def test_separate_norms_send_no_statistics(sdxl: UNet2DConditionModel) -> None:
     for published, separate in zip(
-        sent(sdxl, "patch3.displaced.w0"), sent(sdxl, "patch3.displaced.separatenorm.w0"), strict=True
+        sent(sdxl, "patch3.displaced.all.w0"), sent(sdxl, "patch3.displaced.all.separatenorm.w0"), strict=True
     ):
         assert published["norm"] > 0 and "norm" not in separate
         assert separate["kv"] == published["kv"] and separate["halo"] == published["halo"]
@@ -104,10 +104,10 @@ def test_frozen_values_are_those_of_the_last_synchronous_call(sdxl: UNet2DCondit
         return run_request(model, denoiser, [first, second if rank == 0 else last, last])
 
     rows = slice(0, 9)  # of rank 0: 26 rows in units of 4 are cut 12 + 8 + 6
-    plain = predictions(sdxl, "patch3.frozen.w0", [first, second, third])[0]
-    changed = on_ranks(sdxl, "patch3.frozen.w0", other)[0]
+    plain = predictions(sdxl, "patch3.frozen.all.w0", [first, second, third])[0]
+    changed = on_ranks(sdxl, "patch3.frozen.all.w0", other)[0]
     assert relative_error(changed[2][:, :, rows], plain[2][:, :, rows]) <= EXACT
-    renewed = on_ranks(sdxl, "patch3.displaced.w0", other)[0]
+    renewed = on_ranks(sdxl, "patch3.displaced.all.w0", other)[0]
     assert relative_error(renewed[2][:, :, rows], plain[2][:, :, rows]) > FAR
 
 

@@ -59,7 +59,7 @@ def added_before(lora: LoraConfig, source: UNet2DConditionModel) -> Callable[...
 
 
 @pytest.mark.parametrize("order", [added_before, added_after])
-@pytest.mark.parametrize("plan", ["patch3.displaced.w1", "cfg2.patch2.columns.displaced.w1"])
+@pytest.mark.parametrize("plan", ["patch3.displaced.all.w1", "cfg2.patch2.columns.displaced.all.w1"])
 def test_an_adapter_equals_one_device_with_it(
     sdxl: UNet2DConditionModel, lora: LoraConfig, plan: str, order: Callable[..., Callable[..., None]]
 ) -> None:
@@ -144,7 +144,7 @@ def test_an_adapter_exchanged_for_another_of_the_same_form_is_attached(sdxl: UNe
         assert not reused, "a refresh that knows modules by their addresses could take the new ones for the old"
 
 
-@pytest.mark.parametrize("plan", ["patch3.displaced.w1", "cfg2.patch2"])
+@pytest.mark.parametrize("plan", ["patch3.displaced.all.w1", "cfg2.patch2"])
 def test_an_image_prompt_equals_one_device(unets: dict[str, UNet2DConditionModel], plan: str) -> None:
     plain = unets["sd_unet"]
     weights = image_prompt(plain)

@@ -11,7 +11,9 @@ from diffusers import UNet2DConditionModel
 from division import EXACT, errors
 
 from distrifusion.exchange import verbs
-from distrifusion.exchange.pool import GatherBuffer, Parcel
+from distrifusion.exchange.codec import Codec
+from distrifusion.exchange.gathering import GatherBuffer
+from distrifusion.exchange.pool import Parcel
 from distrifusion.exchange.verbs import Exchange, Halo, Shared
 from distrifusion.strategies import patch
 from models import moved, unet_inputs
@@ -122,9 +124,9 @@ def test_the_convergence_of_a_repeated_input_sees(
 ) -> None:
     x = unet_inputs(sdxl, 1, 17, 9)
     steps = [x] + 10 * [moved(x, 0.5)]
-    intact = errors(sdxl, "patch2.displaced.w0", steps)
+    intact = errors(sdxl, "patch2.displaced.all.w0", steps)
     spoil(monkeypatch)
-    frozen = errors(sdxl, "patch2.displaced.w0", steps)
+    frozen = errors(sdxl, "patch2.displaced.all.w0", steps)
     assert frozen[0] <= EXACT, "the first call is synchronous"
     assert intact[-1] < intact[1] / 30
     assert frozen[-1] > 10 * intact[-1]
@@ -147,8 +149,43 @@ def test_the_gate_of_an_input_given_again_sees_values_that_were_not_kept(
     x = unet_inputs(sdxl, 1, 25, 17)
     y = moved(x, 0.5)
     steps = [x, y, y]
-    assert max(errors(sdxl, "patch3.displaced.w1", steps)) <= EXACT
+    assert max(errors(sdxl, "patch3.displaced.all.w1", steps)) <= EXACT
     values_kept_from_the_first_call_only(monkeypatch)
-    spoilt = errors(sdxl, "patch3.displaced.w1", steps)
+    spoilt = errors(sdxl, "patch3.displaced.all.w1", steps)
     assert max(spoilt[:2]) <= EXACT
     assert spoilt[2] > FAR_OVER
+
+
+def test_the_gate_of_coded_values_sees_errors_that_are_not_fed_back(
+    sdxl: UNet2DConditionModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    intact = Codec.encode_
+
+    def encode_(self: Codec, pieces: Any, base: torch.Tensor, out: torch.Tensor) -> None:
+        exact = torch.stack([piece.transpose(0, 1) for piece in pieces], 2)
+        intact(self, pieces, base, out)
+        base.copy_(exact)
+
+    x = unet_inputs(sdxl, 1, 25, 17)
+    steps = [x] + 9 * [moved(x)]
+    by_step = errors(sdxl, "patch3.delta2", steps)
+    assert by_step[-1] < by_step[1] / 3
+    monkeypatch.setattr(Codec, "encode_", encode_)
+    spoilt = errors(sdxl, "patch3.delta2", steps)
+    assert spoilt[-1] > by_step[1] / 3
+
+
+def test_the_gate_of_forecasts_sees_values_carried_back(
+    sdxl: UNet2DConditionModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = unet_inputs(sdxl, 1, 25, 17)
+    y = moved(x, 0.3)
+    steps = [
+        {**x, "sample": torch.lerp(x["sample"], y["sample"], i / 4), "timestep": torch.tensor(900 - 0.01 * i)}
+        for i in range(5)
+    ]
+    intact = GatherBuffer.advance
+    plain, forecast = (errors(sdxl, f"patch3.displaced.{word}.w1", steps)[-1] for word in ("forecast0", "forecast50"))
+    assert forecast < plain
+    monkeypatch.setattr(GatherBuffer, "advance", lambda self, weight: intact(self, weight and -weight))
+    assert errors(sdxl, "patch3.displaced.forecast50.w1", steps)[-1] > plain

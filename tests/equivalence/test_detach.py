@@ -26,7 +26,7 @@ def hooks(model: torch.nn.Module) -> int:
 def test_attaching_keeps_the_state_dict_and_detaching_restores_every_attribute() -> None:
     unet = sdxl_unet()
     parameters, before = dict(unet.state_dict(keep_vars=True)), attributes(unet)
-    denoiser = ParallelDenoiser(unet, Plan.parse("patch2.displaced"), VirtualTransport(VirtualWorld(2), 0))
+    denoiser = ParallelDenoiser(unet, Plan.parse("patch2.displaced.all"), VirtualTransport(VirtualWorld(2), 0))
     denoiser.attach()
     attached = dict(unet.state_dict(keep_vars=True))
     assert list(attached) == list(parameters)
@@ -52,7 +52,7 @@ def test_a_detached_model_gives_the_bits_it_gave_before(unet: UNet2DConditionMod
         denoiser.detach()
         return model(**inputs).sample
 
-    assert all(torch.equal(output, reference) for output in on_ranks(unet, "patch3.displaced.w0", work))
+    assert all(torch.equal(output, reference) for output in on_ranks(unet, "patch3.displaced.all.w0", work))
 
 
 def test_a_forward_that_was_replaced_before_is_put_back() -> None:

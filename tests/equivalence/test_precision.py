@@ -21,7 +21,7 @@ def half_unet(request: pytest.FixtureRequest) -> UNet2DConditionModel:
     return sdxl_unet().to(request.param)
 
 
-@pytest.mark.parametrize("plan", ["patch3.displaced.w1", "cfg2.patch2.columns.displaced.w1"])
+@pytest.mark.parametrize("plan", ["patch3.displaced.all.w1", "cfg2.patch2.columns.displaced.all.w1"])
 def test_half_precision_is_as_near_to_fp32_as_one_device(half_unet: UNet2DConditionModel, plan: str) -> None:
     """Both round at every layer, so both are off by the type's rounding many times over; dividing may not add to it.
 
@@ -53,13 +53,13 @@ def test_autocast_is_as_near_to_fp32_as_one_device(sdxl: UNet2DConditionModel) -
         with torch.autocast("cpu", torch.bfloat16):
             return run_request(model, denoiser, steps)
 
-    for outputs in on_ranks(sdxl, "cfg2.patch2.displaced.w1", work):
+    for outputs in on_ranks(sdxl, "cfg2.patch2.displaced.all.w1", work):
         for output, reference, error in zip(outputs, truth, alone, strict=True):
             assert EXACT < relative_error(output, reference) <= 1.25 * error
 
 
 @pytest.mark.supports("feature", "channels_last")
-@pytest.mark.parametrize("plan", ["patch3.displaced.w1", "patch2.columns.displaced.w1", "patch8", "cfg2"])
+@pytest.mark.parametrize("plan", ["patch3.displaced.all.w1", "patch2.columns.displaced.all.w1", "patch8", "cfg2"])
 def test_channels_last_equals_one_device(plan: str) -> None:
     unet = sdxl_unet().to(memory_format=torch.channels_last)
     x = unet_inputs(unet, 2, 25, 17)

@@ -10,7 +10,7 @@ from division import EXACT, Inputs, errors, on_ranks
 from distrifusion.denoiser import ParallelDenoiser
 from models import moved, relative_error, run_request, unet_inputs
 
-PLAN = "patch3.displaced.w0"
+PLAN = "patch3.displaced.all.w0"
 
 
 def test_a_second_request_has_the_bits_of_a_fresh_one(sdxl: UNet2DConditionModel) -> None:
@@ -106,7 +106,7 @@ def test_another_shape_within_a_request_starts_synchronously(sdxl: UNet2DConditi
 
 def test_another_batch_within_a_request_starts_synchronously(sdxl: UNet2DConditionModel) -> None:
     two, one = unet_inputs(sdxl, 2, 25, 17), unet_inputs(sdxl, 1, 25, 17, seed=5)
-    by_step = errors(sdxl, "cfg2.patch2.displaced.w0", [two, two, one, one])
+    by_step = errors(sdxl, "cfg2.patch2.displaced.all.w0", [two, two, one, one])
     assert max(by_step) <= EXACT
 
 

@@ -125,7 +125,7 @@ def test_a_synchronous_call_sends_what_the_shapes_say_and_nothing_twice(
 
 @pytest.mark.parametrize("num_bands", [2, 4])
 def test_a_displaced_call_sends_the_same_bytes_in_few_messages(sdxl: UNet2DConditionModel, num_bands: int) -> None:
-    plan = Plan.parse(f"patch{num_bands}.displaced.w0")
+    plan = Plan.parse(f"patch{num_bands}.displaced.all.w0")
     x = unet_inputs(sdxl, BATCH, HEIGHT, WIDTH)
     synchronous = traffic(sdxl, plan, [x])
     displaced = traffic(sdxl, plan, [x, moved(x)])

@@ -41,7 +41,7 @@ def worst(gloo: GlooWorld, family: str, scheduler: str, plan: str, call: Call, r
 
 @pytest.mark.parametrize(
     ("family", "scheduler", "plan"),
-    [pytest.param(*run, marks=claims(*run[:2], plan=f"{run[2]}.displaced")) for run in RUNS],
+    [pytest.param(*run, marks=claims(*run[:2], plan=f"{run[2]}.displaced.all")) for run in RUNS],
 )
 def test_a_displaced_run_is_near_and_far_nearer_than_without_exchange(
     gloo: GlooWorld, alone: Alone, without_exchange: WithoutExchange, family: str, scheduler: str, plan: str
@@ -49,7 +49,7 @@ def test_a_displaced_run_is_near_and_far_nearer_than_without_exchange(
     call = Call({"num_inference_steps": 4})
     reference = alone(family, scheduler, call)
     broken = relative_error(without_exchange(family, scheduler, Plan.parse(plan), call), reference)
-    displaced = worst(gloo, family, scheduler, f"{plan}.displaced.w1", call, reference)
+    displaced = worst(gloo, family, scheduler, f"{plan}.displaced.all.w1", call, reference)
     assert EXACT < displaced < 0.15
     assert displaced < broken / 3
 
@@ -61,7 +61,8 @@ def test_more_warm_up_and_fewer_stale_kinds_are_nearer(
     call = Call({"num_inference_steps": 4})
     reference = alone(family, scheduler, call)
     no_warmup, warm, keys_only = (
-        worst(gloo, family, scheduler, f"{plan}.displaced.{words}", call, reference) for words in ("w0", "w1", "kv.w1")
+        worst(gloo, family, scheduler, f"{plan}.displaced.{words}", call, reference)
+        for words in ("all.w0", "all.w1", "w1")
     )
     broken = relative_error(without_exchange(family, scheduler, Plan.parse(plan), call), reference)
     assert warm > EXACT
@@ -71,10 +72,10 @@ def test_more_warm_up_and_fewer_stale_kinds_are_nearer(
 @pytest.mark.parametrize(
     ("family", "scheduler", "plan", "steps"),
     [
-        ("sdxl", "dpmpp_sde", "cfg2.patch2.displaced.w5", 3),  # 5 calls
-        ("sd", "heun", "patch3.displaced.w4", 3),  # 5 calls: the first and four of warm-up
-        ("sdxl", "unipc", "patch4.columns.displaced.w99", 3),
-        ("sd", "lcm", "patch2.displaced.w0", 1),  # the first call has nothing stale to use
+        ("sdxl", "dpmpp_sde", "cfg2.patch2.displaced.all.w5", 3),  # 5 calls
+        ("sd", "heun", "patch3.displaced.all.w4", 3),  # 5 calls: the first and four of warm-up
+        ("sdxl", "unipc", "patch4.columns.displaced.all.w99", 3),
+        ("sd", "lcm", "patch2.displaced.all.w0", 1),  # the first call has nothing stale to use
     ],
 )
 def test_a_run_within_the_warm_up_equals_the_plain_pipeline(

@@ -19,7 +19,7 @@ def losing() -> Iterator[GlooWorld]:
     world.stop()
 
 
-@pytest.mark.parametrize("plan", ["patch3", "patch3.displaced.w0"])
+@pytest.mark.parametrize("plan", ["patch3", "patch3.displaced.all.w0"])
 @pytest.mark.parametrize("kind", ["sockets", "shared memory"])
 def test_a_rank_that_dies_is_a_typed_error_on_the_others(losing: GlooWorld, kind: str, plan: str) -> None:
     first, lost, last = losing.ask(draw_until_lost, kind, plan, LIMIT, Lose(silence=0.0))

@@ -127,7 +127,7 @@ def test_sizes_change_between_calls_without_rebuilding(gloo: GlooWorld, alone: A
         assert max(map(relative_error, latents, references)) <= EXACT
 
 
-@pytest.mark.parametrize(("family", "plan"), [("sdxl", "patch2.displaced.w0"), ("sd", "patch2.displaced.kv.w0")])
+@pytest.mark.parametrize(("family", "plan"), [("sdxl", "patch2.displaced.all.w0"), ("sd", "patch2.displaced.kv.w0")])
 def test_a_displaced_call_has_the_bits_of_one_on_a_new_pipeline(gloo: GlooWorld, family: str, plan: str) -> None:
     calls = [*SIZES[:2], Call({"num_images_per_prompt": 2}), SIZES[0]]
     used = gloo.run(draw, family, "dpmpp_2m", plan, *calls, ranks=2)
@@ -137,13 +137,13 @@ def test_a_displaced_call_has_the_bits_of_one_on_a_new_pipeline(gloo: GlooWorld,
 
 
 def test_a_run_after_one_that_ended_with_an_error_has_the_bits_of_one_on_a_new_pipeline(gloo: GlooWorld) -> None:
-    call, plan = Call(), "patch3.displaced.w0"
+    call, plan = Call(), "patch3.displaced.all.w0"
     after = gloo.run(draw_after_a_stopped_run, "sdxl", "ddim", plan, call, ranks=3)
     fresh = gloo.run(draw, "sdxl", "ddim", plan, call, ranks=3)
     assert all(torch.equal(latents, new[0]) for latents, new in zip(after, fresh, strict=True))
 
 
-@pytest.mark.parametrize(("family", "plan"), [("sdxl", "patch2.displaced.w0"), ("sd", "cfg2")])
+@pytest.mark.parametrize(("family", "plan"), [("sdxl", "patch2.displaced.all.w0"), ("sd", "cfg2")])
 def test_a_restored_pipeline_is_what_it_was(gloo: GlooWorld, family: str, plan: str) -> None:
     for facts in gloo.run(draw_and_restore, family, "ddim", plan, Call(), ranks=2):
         assert [fact for fact, holds in facts.items() if not holds] == []

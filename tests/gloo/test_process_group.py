@@ -33,7 +33,7 @@ def test_another_shape_within_a_request_starts_synchronously(gloo: GlooWorld, ki
     steps = [small, moved(small), large, large, small]
     with torch.no_grad():
         references = [unet(**inputs).sample for inputs in steps]
-    for outputs in gloo.run(predict, kind, "patch3.displaced.w0", steps, ranks=3):
+    for outputs in gloo.run(predict, kind, "patch3.displaced.all.w0", steps, ranks=3):
         first, second, third, fourth, _ = map(relative_error, outputs, references)
         assert max(first, third, fourth) <= EXACT
         assert second > 1e-3

@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distrifusion import Plan, PlanError
-from distrifusion.plan import ALL_KINDS, DEFAULT_WARMUP, Norms, SiteKind, Split
+from distrifusion.plan import ALL_KINDS, DEFAULT_WARMUP, DELTA_BITS, Norms, SiteKind, Split
 
 _KNOWN = re.compile(
-    r"(cfg|patch|w)\d+|rows|columns|alternating|sync|displaced|frozen|naive|kv|halo|norm|all|(stale|separate|corrected)norm"
+    r"(cfg|patch|w|delta|forecast|resync)\d+|forecast|rows|columns|alternating|sync|displaced|frozen|naive|kv|halo|norm|all|(stale|separate|corrected)norm"
 )
 
 cuts = st.sampled_from((Split.ROWS, Split.COLUMNS))
@@ -37,7 +37,19 @@ naive_plans = st.builds(
     warmup=st.integers(0, 60),
     naive=st.just(True),
 )
-plans = exact_plans | displaced_plans | plans_with_other_norms | naive_plans
+delta_plans = st.builds(
+    Plan, patch=st.integers(2, 12), split=cuts, warmup=st.integers(0, 60), delta=st.sampled_from(DELTA_BITS)
+)
+plans_with_knobs = st.builds(
+    Plan,
+    patch=st.integers(2, 12),
+    stale=st.frozensets(st.sampled_from(SiteKind)).map(lambda kinds: kinds | {SiteKind.KV}),
+    warmup=st.integers(0, 60),
+    delta=st.none() | st.sampled_from(DELTA_BITS),
+    forecast=st.integers(0, 200),
+    resync=st.none() | st.integers(0, 300),
+)
+plans = exact_plans | displaced_plans | plans_with_other_norms | naive_plans | delta_plans | plans_with_knobs
 words = st.text("abcdefghijklmnopqrstuvwxyz0123456789-_ ", min_size=0, max_size=12).map(str.strip)
 
 
@@ -113,10 +125,46 @@ def test_a_value_out_of_range_or_without_effect_is_an_error(degrees: dict[str, o
         Plan(**degrees)
 
 
-def test_displaced_alone_is_the_published_form() -> None:
-    published = Plan.parse("cfg2.patch4.displaced")
+def test_displaced_alone_is_keys_and_values_and_all_is_the_published_form() -> None:
+    default, published = Plan.parse("cfg2.patch4.displaced"), Plan.parse("cfg2.patch4.displaced.all")
+    assert default == Plan(cfg=2, patch=4, stale=frozenset({SiteKind.KV}), warmup=DEFAULT_WARMUP)
     assert published == Plan(cfg=2, patch=4, stale=frozenset(SiteKind), warmup=DEFAULT_WARMUP)
-    assert published.num_ranks == 8
+    assert published.num_ranks == default.num_ranks == 8
+
+
+@pytest.mark.parametrize(
+    ("text", "plan"),
+    [
+        ("patch2.delta4", Plan(patch=2, delta=4, warmup=0)),
+        ("patch2.displaced.delta8", Plan(patch=2, stale=frozenset({SiteKind.KV}), delta=8)),
+        ("patch2.displaced.forecast", Plan(patch=2, stale=frozenset({SiteKind.KV}), forecast=50)),
+        ("patch2.displaced.resync20", Plan(patch=2, stale=frozenset({SiteKind.KV}), resync=20, warmup=0)),
+    ],
+)
+def test_knobs_have_words_and_their_own_default_of_the_warm_up(text: str, plan: Plan) -> None:
+    assert Plan.parse(text) == plan
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("patch2.delta3", "delta3: a difference has 1, 2, 4, 8, 32 bits"),
+        ("patch1.delta4", "delta4 needs at least two bands"),
+        ("patch2.forecast", "'forecast50' carries on stale keys and values"),
+        ("patch2.displaced.halo.forecast50", "'forecast50'"),
+        ("patch2.displaced.forecast201", "forecast201"),
+        ("patch2.resync5", "'resync5' watches stale keys"),
+        ("patch2.frozen.forecast", "'forecast50'"),
+        ("patch2.frozen.delta4", "'delta4' codes what bands send"),
+        ("patch2.naive.delta4", "'delta4' codes what bands send"),
+        ("patch2.delta4.delta8", "delta"),
+        ("patch2.delt4", "did you mean 'delta4'"),
+        ("patch2.displaced.forcast", "did you mean 'forecast'"),
+    ],
+)
+def test_knobs_without_effect_or_out_of_range_are_errors_that_name_them(text: str, named: str) -> None:
+    with pytest.raises(PlanError, match=named):
+        Plan.parse(text)
 
 
 @pytest.mark.parametrize(
@@ -129,7 +177,8 @@ def test_displaced_alone_is_the_published_form() -> None:
         ("frozen", "frozen needs at least two bands"),
         ("patch2.displaced.kv.separatenorm", "'separatenorm'"),
         ("patch2.displaced.frozen", "'frozen'"),
-        ("patch2.displaced.stalenorm.separatenorm", "'separatenorm'"),
+        ("patch2.displaced.all.stalenorm.separatenorm", "'separatenorm'"),
+        ("patch2.displaced.stalenorm", "'stalenorm'"),
     ],
 )
 def test_words_of_the_ablations_that_clash_are_errors_that_name_them(text: str, named: str) -> None:

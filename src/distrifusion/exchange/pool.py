@@ -2,76 +2,18 @@
 
 from __future__ import annotations
 
-import zlib
-from abc import ABC, abstractmethod
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
 
-from distrifusion.exchange.transport import Message, Pending, Transport
+from distrifusion.exchange.gathering import GatherBuffer
+from distrifusion.exchange.posted import Posted, tag_of
+from distrifusion.exchange.transport import Message, Transport
 from distrifusion.plan import SiteKind
 
 PARCEL_SITES = 16
 _ALIGNMENT = 16
-
-
-def tag_of(name: str) -> int:
-    """The message tag of a site: the same on every rank, whatever ran before."""
-    return zlib.crc32(name.encode()) & 0x7FFFFFFF
-
-
-class Posted(ABC):
-    """Something that is sent once a call and has arrived by the next one."""
-
-    def __init__(self) -> None:
-        self._pending: Pending | None = None
-
-    def settle(self) -> None:
-        """Wait for what was posted; afterwards the tensors may be read and written."""
-        if self._pending is not None:
-            self._pending.wait()
-            self._pending = None
-
-    @abstractmethod
-    def messages(self) -> tuple[list[Message], list[Message]]:
-        """What to send and what to receive."""
-
-    def post(self, transport: Transport) -> int:
-        """Send and receive without waiting; returns the bytes sent."""
-        sends, receives = self.messages()
-        self._pending = transport.post(sends, receives)
-        return sum(message.tensor.nbytes for message in sends)
-
-
-class GatherBuffer(Posted):
-    """Everybody's tokens of one site in one tensor [L, B, P, C] that attention reads in place.
-
-    L tokens of all owners in band order, B batch, P pieces that travel together (key and value), C channels.
-    """
-
-    def __init__(self, name: str, buffer: torch.Tensor, lengths: tuple[int, ...], team: tuple[int, ...], index: int):
-        super().__init__()
-        self.buffer = buffer
-        self.parts = dict(zip(team, buffer.split(list(lengths)), strict=True))
-        self.rank = team[index]
-        self.tag = tag_of(name)
-
-    def write(self, pieces: Iterable[torch.Tensor]) -> None:
-        """Put this rank's fresh pieces [B, L_own, C] into their place."""
-        own = self.parts[self.rank]
-        for i, piece in enumerate(pieces):
-            own[:, :, i].copy_(piece.transpose(0, 1))
-
-    def read(self) -> tuple[torch.Tensor, ...]:
-        """Each piece of everybody, as a view [B, L, C]."""
-        return tuple(piece.transpose(0, 1) for piece in self.buffer.unbind(2))
-
-    def messages(self) -> tuple[list[Message], list[Message]]:
-        own = self.parts[self.rank]
-        others = [(rank, part) for rank, part in self.parts.items() if rank != self.rank]
-        sends = [Message(rank, own, self.tag) for rank, _ in others if own.numel()]
-        return sends, [Message(rank, part, self.tag) for rank, part in others if part.numel()]
 
 
 @dataclass
@@ -137,9 +79,17 @@ def _flatten(groups: list[dict[int, torch.Tensor]]) -> dict[int, torch.Tensor]:
 
 @dataclass
 class CallState:
-    """What one request keeps for one slot: the values of the last call, and how many calls there were."""
+    """What one request keeps for one slot: the values of the last call, how many calls there were, and when.
+
+    Attributes:
+        calls: denoiser calls that have ended.
+        times: timesteps of the last two calls, the latest last.
+        drifted: the next call is to be synchronous, because kept values have moved too far.
+    """
 
     calls: int = 0
+    times: tuple[torch.Tensor, ...] = ()
+    drifted: bool = False
     gathers: dict[str, GatherBuffer] = field(default_factory=dict)
     swaps: dict[str, Swapped] = field(default_factory=dict)
 
@@ -183,4 +133,4 @@ class Pool:
     def num_bytes(self) -> int:
         """Bytes of the gather buffers held now."""
         states = (state for slots in self._states.values() for state in slots.values())
-        return sum(gather.buffer.nbytes for state in states for gather in state.gathers.values())
+        return sum(gather.num_bytes for state in states for gather in state.gathers.values())

@@ -11,7 +11,9 @@ from functools import lru_cache, partial
 import torch
 
 from distrifusion.errors import RankFailed, StepTimeout
-from distrifusion.exchange.pool import CallState, GatherBuffer, Parcel, Posted, Swapped, tag_of
+from distrifusion.exchange.gathering import AS_THEY_ARE, GatherBuffer, Sending, Weight
+from distrifusion.exchange.pool import CallState, Parcel, Swapped
+from distrifusion.exchange.posted import Posted, tag_of
 from distrifusion.exchange.transport import Message, Transport
 from distrifusion.partition import Interval
 from distrifusion.plan import SiteKind
@@ -28,6 +30,10 @@ class CallPolicy:
         stale: kinds, among `keep`, that use the last call's remote values now.
         state: where kept values live; None if nothing is kept.
         frozen: kept values are used again and not renewed.
+        sending: how keys and values travel.
+        codes: keys and values are sent as codes in this call.
+        forecast: how much of their last change stale keys and values are carried on by.
+        watches: whether the drift of kept keys and values is measured.
     """
 
     team: tuple[int, ...]
@@ -36,6 +42,10 @@ class CallPolicy:
     stale: frozenset[SiteKind] = frozenset()
     state: CallState | None = None
     frozen: bool = False
+    sending: Sending = AS_THEY_ARE
+    codes: bool = False
+    forecast: Weight = 0.0
+    watches: bool = False
 
 
 class Gathered:
@@ -168,12 +178,14 @@ class Exchange:
         self._policy = CallPolicy((transport.rank,), 0)
         self._seen: Counter[str] = Counter()
         self._deferred: list[tuple[str, Posted]] = []
+        self._drift: list[torch.Tensor] = []
 
     def begin(self, policy: CallPolicy) -> None:
         """Start a denoiser call."""
         self._policy = policy
         self._seen.clear()
         self._deferred.clear()  # of a call that failed half way
+        self._drift.clear()
         if policy.state is not None and policy.stale:
             policy.state.pack()
 
@@ -209,14 +221,17 @@ class Exchange:
         entry = state.gathers.get(name) if state else None
         fresh = entry is None or kind not in policy.stale
         if entry is None:
-            batch, _, channels = pieces[0].shape
-            buffer = pieces[0].new_empty(sum(lengths), batch, len(pieces), channels)
-            entry = GatherBuffer(name, buffer, lengths, policy.team, policy.index)
+            sending = policy.sending if state else AS_THEY_ARE
+            entry = GatherBuffer(name, pieces[0], len(pieces), lengths, policy.team, policy.index, sending)
             if state:
                 state.gathers[name] = entry
         what = _what(kind, site)
         _settle(entry, what)
+        entry.advance(None if fresh else policy.forecast)
+        if policy.watches and state:
+            self._drift.append(entry.drift(pieces))
         entry.write(pieces)
+        entry.code(policy.codes)
         if not fresh:
             return Gathered(entry, partial(self._defer, str(kind), entry))
         self._post(kind or "exit", entry)
@@ -256,10 +271,17 @@ class Exchange:
         swap = self._swap(site, kind, dict.fromkeys(peers, own), dict.fromkeys(peers, own.shape), own)
         return Shared(own, previous, swap, team)
 
-    def collect(self, site: str, own: torch.Tensor, shapes: Mapping[int, torch.Size]) -> dict[int, torch.Tensor]:
-        """The fresh tensors of other ranks, whose shapes are given by rank; each of them gets this rank's."""
+    def collect(self, site: str, own: torch.Tensor, shapes: Mapping[int, torch.Size]) -> Swap:
+        """Ask for the fresh tensors of other ranks, whose shapes are given by rank; each of them gets this rank's."""
         outgoing = dict.fromkeys(shapes, own) if own.numel() else {}
-        return self._swap(site, None, outgoing, {r: s for r, s in shapes.items() if s.numel()}, own).wait()
+        return self._swap(site, None, outgoing, {r: s for r, s in shapes.items() if s.numel()}, own)
+
+    def drift(self, like: torch.Tensor) -> torch.Tensor:
+        """Relative change [1] in fp32 of this rank's own kept keys and values since the last call; 0 if it has none."""
+        if not self._drift:
+            return like.new_zeros(1, dtype=torch.float32)
+        change, size = torch.stack(self._drift).sum(0)
+        return (change / size.clamp_min(torch.finfo(size.dtype).tiny)).sqrt().reshape(1)
 
     def _previous(self, site: str, kind: SiteKind, peers: Sequence[int]) -> torch.Tensor | None:
         state = self._policy.state

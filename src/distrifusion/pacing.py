@@ -1,0 +1,91 @@
+"""Which of a request's denoiser calls are synchronous, stale or coded: decided before the call, alike on every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from distrifusion.exchange.codec import Codec
+from distrifusion.exchange.gathering import Sending, Weight
+from distrifusion.exchange.pool import CallState
+from distrifusion.exchange.verbs import CallPolicy, Exchange, Swap
+from distrifusion.plan import CODED_BITS, Norms, Plan, SiteKind
+
+_MOST_STEPS = 2.0  # a forecast goes no further than this many times the last step
+
+
+class Pacing:
+    """The plan's policy, call for call."""
+
+    def __init__(self, plan: Plan, exchange: Exchange) -> None:
+        self._plan = plan
+        self._exchange = exchange
+        codec = Codec.of(plan.delta) if plan.delta in CODED_BITS else None
+        self._sending = Sending(codec, forecasts=plan.forecast > 0)
+        # Separate statistics use nothing of others, so nothing of theirs is kept.
+        self._stale = plan.stale - {SiteKind.NORM} if plan.norms is Norms.SEPARATE else plan.stale
+        self._keep = self._stale | ({SiteKind.KV} if codec else frozenset())
+
+    def past_warmup(self, state: CallState | None) -> bool:
+        """Whether the exact calls of a request are over."""
+        return state is not None and state.calls >= self._plan.num_synchronous
+
+    def policy(
+        self, team: tuple[int, ...], index: int, state: CallState | None, timestep: Any, device: torch.device
+    ) -> CallPolicy:
+        """How values are exchanged in the call that comes.
+
+        Args:
+            team: ranks that share the picture, in band order.
+            index: this rank's place in it.
+            state: what the request keeps; None if it keeps nothing.
+            timestep: the call's timestep, a number or a tensor [] or [B].
+            device: where values are.
+        """
+        policy = CallPolicy(team, index)
+        if state is None:
+            return policy
+        past_warmup = self.past_warmup(state)
+        return replace(
+            policy,
+            keep=self._keep,
+            stale=self._stale if past_warmup and not state.drifted else frozenset(),
+            state=state,
+            frozen=self._plan.frozen,
+            sending=self._sending,
+            codes=past_warmup,
+            forecast=self._forecast(state, timestep, device) if self._plan.forecast else 0.0,
+            watches=self._plan.resync is not None,
+        )
+
+    def _forecast(self, state: CallState, timestep: Any, device: torch.device) -> Weight:
+        """How much of their last change values are carried on by: in proportion to the steps of the solver's time."""
+        time = torch.as_tensor(timestep, device=device).float()
+        before, state.times = state.times, (*state.times[-1:], time)
+        if len(before) < 2 or before[0].shape != time.shape:
+            return 0.0
+        last, now = before[1] - before[0], time - before[1]
+        ratio = torch.where(last == 0, 0.0, now / last).clamp(0, _MOST_STEPS)
+        weight = self._plan.forecast / 100 * ratio
+        return weight.reshape(1, -1, 1, 1) if weight.dim() else weight
+
+    def announce(self, state: CallState | None, prefix: str, like: torch.Tensor) -> Callable[[], None]:
+        """Tell every rank how far the own keys and values have moved in this call; what is returned waits and decides.
+
+        All ranks take the largest drift of any, so the next call is synchronous on all or on none.
+        """
+        if state is None or self._plan.resync is None:
+            return lambda: None
+        own = self._exchange.drift(like)
+        others = [r for r in range(self._exchange.transport.world_size) if r != self._exchange.transport.rank]
+        swap = self._exchange.collect(f"{prefix}drift", own, dict.fromkeys(others, own.shape))
+        return partial(self._decide, state, own, swap, self._plan.resync / 100)
+
+    @staticmethod
+    def _decide(state: CallState, own: torch.Tensor, swap: Swap, bound: float) -> None:
+        largest = torch.cat([own, *swap.wait().values()]).max()
+        state.drifted = not bool(largest < bound)  # NaN counts as drifted; a bound of 0 makes every call synchronous

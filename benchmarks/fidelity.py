@@ -34,15 +34,25 @@ from distrifusion.demo.dataset import sample_scenes
 from distrifusion.demo.scenes import ATTRIBUTES, Scene, compose_caption
 from distrifusion.exchange.transport import Transport
 from distrifusion.exchange.virtual import VirtualWorld
+from distrifusion.in_place import denoiser_of
 from distrifusion.plan import ALL_KINDS, SiteKind
 from distrifusion.quality.metrics import psnr
 
 VARIANTS = {
-    "displaced, corrected norms (published)": "displaced",
-    "displaced, synchronous norms": "displaced.kv.halo",
-    "displaced, stale norms": "displaced.stalenorm",
-    "displaced, separate norms": "displaced.separatenorm",
-    "displaced KV, halos and norms synchronous": "displaced.kv",
+    "all stale, corrected norms (published)": "displaced.all",
+    "all stale, stale norms": "displaced.all.stalenorm",
+    "all stale, separate norms": "displaced.all.separatenorm",
+    "KV and halos stale": "displaced.kv.halo",
+    "KV stale": "displaced",
+    "KV forecast": "displaced.forecast",
+    "KV stale, resynchronised at 10 %": "displaced.resync10",
+    "KV forecast, resynchronised at 10 %": "displaced.forecast.resync10",
+    "KV stale in 4 bits": "displaced.delta4",
+    "KV forecast in 4 bits": "displaced.forecast.delta4",
+    "KV fresh in 8 bits": "delta8",
+    "KV fresh in 4 bits": "delta4",
+    "KV fresh in 2 bits": "delta2",
+    "KV fresh in 1 bit": "delta1",
     "naive patches": "naive",
 }
 ONE_DEVICE = "one device"
@@ -57,7 +67,8 @@ def plans(options: argparse.Namespace) -> dict[str, Plan]:
         variants = {f"stale {', '.join(mixture)}": ".".join(("displaced", *mixture)) for mixture in mixtures}
     found = {}
     for bands, (name, words) in itertools.product(options.bands.split(","), variants.items()):
-        warmup = "" if words == "naive" else f".w{options.warmup}"
+        # The others have a first exact call and no more, or decide themselves.
+        warmup = f".w{options.warmup}" if words.startswith("displaced") and "resync" not in words else ""
         found[f"{bands} bands: {name}"] = Plan.parse(f"patch{bands}.{words}{warmup}")
     return found
 
@@ -78,10 +89,15 @@ def on_virtual_rank(pipe: StableDiffusionXLPipeline, plan: Plan, transport: Tran
     return parallelize(own, plan, transport)
 
 
-def draw(pipe: StableDiffusionXLPipeline, plan: Plan, arguments: dict[str, Any]) -> torch.Tensor:
-    """Latents of one picture drawn by virtual ranks."""
-    world = VirtualWorld(plan.num_ranks)
-    return world.run(lambda transport: on_virtual_rank(pipe, plan, transport)(**arguments).images)[0]
+def draw(pipe: StableDiffusionXLPipeline, plan: Plan, arguments: dict[str, Any]) -> tuple[torch.Tensor, int]:
+    """Latents of one picture drawn by virtual ranks, and the most bytes that a rank sent for it."""
+
+    def work(transport: Transport) -> tuple[torch.Tensor, int]:
+        own = on_virtual_rank(pipe, plan, transport)
+        return own(**arguments).images, denoiser_of(own).exchange.bytes_sent.total()
+
+    by_rank = VirtualWorld(plan.num_ranks).run(work)
+    return by_rank[0][0], max(num_bytes for _, num_bytes in by_rank)
 
 
 @torch.no_grad()
@@ -130,30 +146,33 @@ def measure(process: int, options: argparse.Namespace, path: Path) -> None:
             picture = decode(pipe, reference)
             print(json.dumps(row(seed, ONE_DEVICE, "patch1", picture, scene)), file=file, flush=True)
             for name, plan in plans(options).items():
-                drawn = draw(pipe, plan, arguments)
+                drawn, num_bytes = draw(pipe, plan, arguments)
                 image = decode(pipe, drawn)
                 own = row(seed, name, str(plan), image, scene)
                 own["psnr"] = psnr(image, picture)
+                own["bytes_per_call"] = num_bytes / options.steps
                 own["relative_error"] = ((drawn - reference).norm() / reference.norm()).item()
                 print(json.dumps(own), file=file, flush=True)
 
 
 def report(rows: list[dict[str, Any]]) -> None:
     """Print the median and the worst picture of every plan as a Markdown table."""
-    print("| | plan | PSNR median | worst | relative latent error, median | attributes | Frechet distance |")
-    print("|---|---|---|---|---|---|---|")
+    print("| | plan | PSNR median | worst | latent error, median | MB per call | attributes | Frechet distance |")
+    print("|---|---|---|---|---|---|---|---|")
     reference = torch.tensor([row["features"] for row in rows if row["name"] == ONE_DEVICE])
     for name in dict.fromkeys(row["name"] for row in rows):
         own = [row for row in rows if row["name"] == name]
         right = statistics.mean(statistics.mean(row["right"].values()) for row in own)
         cells = [name, f"`{own[0]['plan']}`"]
         if name == ONE_DEVICE:
-            cells += ["", "", "", f"{right:.1%}", ""]
+            cells += ["", "", "", "", f"{right:.1%}", ""]
         else:
             decibels = [row["psnr"] for row in own]
             distance = classifier.frechet_distance(torch.tensor([row["features"] for row in own]), reference)
             error = statistics.median(row["relative_error"] for row in own)
-            cells += [f"{statistics.median(decibels):.1f}", f"{min(decibels):.1f}", f"{error:.1e}", f"{right:.1%}"]
+            sent = [row["bytes_per_call"] for row in own if "bytes_per_call" in row]
+            cells += [f"{statistics.median(decibels):.1f}", f"{min(decibels):.1f}", f"{error:.1e}"]
+            cells += [f"{statistics.median(sent) / 1e6:.2f}" if sent else "", f"{right:.1%}"]
             cells.append(f"{max(0.0, distance):.3f}" if len(own) > 1 else "")
         print(f"| {' | '.join(cells)} |")
 
@@ -178,7 +197,7 @@ def main() -> None:
     rows.sort(key=lambda row: row["seed"])
     report(rows)
     facts = {"torch": torch.__version__, "diffusers": diffusers.__version__, "python": platform.python_version()}
-    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()}
+    settings = {**vars(options), "out": options.out.name}
     options.out.write_text(json.dumps({"options": settings, "versions": facts, "rows": rows}) + "\n")
     for part in parts:
         part.unlink()

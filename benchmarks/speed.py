@@ -13,17 +13,21 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import resource
+import socket
 import statistics
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import diffusers
+import link
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -33,6 +37,7 @@ from distrifusion import Plan
 from distrifusion.anatomy import anatomy_of
 from distrifusion.anatomy.base import AttentionSite, ConvSite, EntrySite, NormSite
 from distrifusion.denoiser import ParallelDenoiser
+from distrifusion.exchange.codec import Codec
 from distrifusion.exchange.meeting import transport_of
 from distrifusion.exchange.transport import ProcessGroupTransport, Transport
 from distrifusion.in_place import SingleTransport
@@ -40,7 +45,16 @@ from distrifusion.partition import partition_levels
 
 # Batch 1 is a picture without guidance, batch 2 one with both branches in the batch.
 PLANS = {
-    1: ("patch1", "patch{n}", "patch{n}.displaced.kv.w4", "patch{n}.displaced.w4"),
+    1: (
+        "patch1",
+        "patch{n}",
+        "patch{n}.displaced.w4",
+        "patch{n}.displaced.all.w4",
+        "patch{n}.displaced.forecast.w4",
+        "patch{n}.delta8",
+        "patch{n}.delta4",
+        "patch{n}.displaced.delta4.w4",
+    ),
     2: ("cfg2", "patch{n}", "patch{n}.displaced.w4"),
 }
 
@@ -113,6 +127,7 @@ def expected_bytes(unet: UNet2DConditionModel, plan: Plan, rank: int, batch: int
     """What one rank of a plan of rows alone must send in an fp32 call, by the shapes of the layers."""
     levels = partition_levels(size, size, anatomy_of(unet).num_levels(unet), plan.patch, plan.split)
     others, total = plan.patch - 1, Counter[str]()
+    codec = Codec.of(plan.delta) if plan.delta else None
     neighbours = (rank > 0) + (rank < plan.patch - 1)
     for site in anatomy_of(unet).sites(unet):
         level, module = levels[site.level], site.module
@@ -121,7 +136,8 @@ def expected_bytes(unet: UNet2DConditionModel, plan: Plan, rank: int, batch: int
             case NormSite():
                 total["norm"] += others * 2 * batch * module.num_groups * 4
             case AttentionSite():
-                total["kv"] += others * 2 * batch * rows * level.width * module.inner_dim * 4
+                shape = (rows * level.width, batch, 2, module.inner_dim)
+                total["kv"] += others * (codec.num_bytes(shape) if codec else 4 * math.prod(shape))
             case ConvSite() if not isinstance(site, EntrySite):
                 takers = neighbours if module.stride == (1, 1) else int(rank < plan.patch - 1)
                 total["halo"] += takers * batch * module.in_channels * level.width * 4
@@ -136,21 +152,30 @@ def plans_of(options: argparse.Namespace) -> dict[int, list[str]]:
     return {batch: [text.format(n=options.ranks) for text in texts] for batch, texts in PLANS.items()}
 
 
-def join(rank: int, port: int, world_size: int, sockets: bool) -> Transport:
+def join(rank: int, port: int, world_size: int, options: argparse.Namespace) -> Transport:
     """Meet the other ranks."""
     torch.set_num_threads(1)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    store = dist.TCPStore("127.0.0.1", port, world_size, is_master=False)
+    address = link.enter(options.ends[rank], rank) if options.link else "127.0.0.1"
+    store = dist.TCPStore(address, port, world_size, is_master=rank == 0)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
     group = dist.group.WORLD
     assert group is not None
+    sockets = options.link or options.transport == "sockets"
     return ProcessGroupTransport(group) if sockets else transport_of(group, torch.device("cpu"))
+
+
+def free_port() -> int:
+    """A port that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 @torch.no_grad()
 def time_rank(rank: int, options: argparse.Namespace, port: int, path: Path) -> None:
     """What one rank does; rank 0 writes the rows."""
-    transport = join(rank, port, options.ranks, options.transport == "sockets")
+    transport = join(rank, port, options.ranks, options)
     unet, rows = sdxl_shaped_unet(), []
     for repetition in range(options.repeat):
         for batch, plans in plans_of(options).items():
@@ -181,7 +206,7 @@ def time_rank(rank: int, options: argparse.Namespace, port: int, path: Path) -> 
 def weigh_rank(rank: int, options: argparse.Namespace, port: int, path: Path, text: str | None, batch: int) -> None:
     """Write the peak of a new process's memory: before any call, and after some of a plan (None: of one device)."""
     world_size = Plan.parse(text).num_ranks if text else 1
-    transport = join(rank, port, world_size, options.transport == "sockets") if world_size > 1 else SingleTransport()
+    transport = join(rank, port, world_size, options) if world_size > 1 else SingleTransport()
     unet, arguments = sdxl_shaped_unet(), inputs(batch, options.size)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     if text is None:
@@ -198,8 +223,7 @@ def weigh(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     for batch, plans in plans_of(options).items():
         for text in [None, *plans]:
             path, size = folder / "weight", Plan.parse(text).num_ranks if text else 1
-            store = dist.TCPStore("127.0.0.1", 0, size, is_master=True, wait_for_workers=False)
-            mp.spawn(weigh_rank, args=(options, store.port, path, text, batch), nprocs=size)
+            mp.spawn(weigh_rank, args=(options, free_port(), path, text, batch), nprocs=size)
             peaks = [json.loads(path.with_suffix(f".{rank}").read_text()) for rank in range(size)]
             rows.append({"batch": batch, "plan": text or "alone", "rest_bytes": peaks[0][0], "peak_bytes": peaks[0][1]})
     return rows
@@ -274,13 +298,17 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--transport", choices=("best", "sockets"), default="best", help="sockets: messages of gloo")
     parser.add_argument("--out", type=Path, default=Path("speed.json"))
+    parser.add_argument("--link", help="rate of the network between two ranks, such as 100mbit; needs root and tc")
+    parser.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
     options = parser.parse_args()
+    if options.link and options.ranks != 2:
+        parser.error("a link has two ends, so --link takes --ranks 2")
     options.out.parent.mkdir(parents=True, exist_ok=True)
     scratch = options.out.with_suffix(".rows")
-    store = dist.TCPStore("127.0.0.1", 0, options.ranks, is_master=True, wait_for_workers=False)
-    mp.spawn(time_rank, args=(options, store.port, scratch), nprocs=options.ranks)
+    with link.slow_link(options.link) if options.link else nullcontext() as options.ends:
+        mp.spawn(time_rank, args=(options, free_port(), scratch), nprocs=options.ranks)
+        weights = [] if options.no_memory else weigh(options, options.out.parent)
     rows = json.loads(scratch.read_text())
-    weights = weigh(options, options.out.parent)
     for left in (scratch, *options.out.parent.glob("weight.*")):
         left.unlink()
     report(rows, weights, options)
@@ -291,7 +319,7 @@ def main() -> None:
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
     }
     document = {
-        "options": {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()},
+        "options": {**{k: v for k, v in vars(options).items() if k != "ends"}, "out": options.out.name},
         "versions": facts,
         "rows": rows,
         "memory": weights,

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from distrifusion.in_place import parallelize as parallelize
     from distrifusion.in_place import unparallelize as unparallelize
     from distrifusion.loading import load as load
+    from distrifusion.tracing import trace as trace
 
 __version__ = "0.1.0.dev0"
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "UnsupportedModel",
     "load",
     "parallelize",
+    "trace",
     "unparallelize",
 ]
 
@@ -42,6 +44,7 @@ __all__ = [
 _HEAVY = {
     "load": "distrifusion.loading",
     "parallelize": "distrifusion.in_place",
+    "trace": "distrifusion.tracing",
     "unparallelize": "distrifusion.in_place",
 }
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from distrifusion.exchange.codec import Codec
-from distrifusion.exchange.posted import Posted, tag_of
+from distrifusion.exchange.posted import Posted
 from distrifusion.exchange.transport import Message, Transport
 
 Weight = torch.Tensor | float
@@ -46,9 +46,8 @@ class GatherBuffer(Posted):
         self, name: str, like: torch.Tensor, num_pieces: int, lengths: tuple[int, ...], team: tuple[int, ...],
         index: int, sending: Sending,
     ) -> None:  # fmt: skip
-        super().__init__()
+        super().__init__(name)
         self.rank = team[index]
-        self.tag = tag_of(name)
         self._team = team
         self._lengths = list(lengths)
         batch, _, channels = like.shape

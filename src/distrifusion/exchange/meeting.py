@@ -42,7 +42,7 @@ def _shared_memory(group: dist.ProcessGroup, messages: ProcessGroupTransport) ->
     """Memory that rank 0 makes without a name, so that nothing is left behind; None unless all ranks can use it."""
     rank, world_size = messages.rank, messages.world_size
     own = _offer(memory_bytes(world_size)) if rank == 0 else None
-    places = _from_all(_Place(_system(), os.getpid(), own), group, world_size)
+    places = _from_all(_Place(running_system(), os.getpid(), own), group, world_size)
     opened = _open(places[0]) if len({place.system for place in places}) == 1 else None
     watched = _watch({peer: place.pid for peer, place in enumerate(places) if peer != rank}) if opened else None
     # Only now may rank 0 let go of its own handle.
@@ -63,7 +63,7 @@ def _from_all(value: T, group: dist.ProcessGroup, world_size: int) -> list[T]:
     return values
 
 
-def _system() -> str:
+def running_system() -> str:
     """What two processes have in common if they share memory and process numbers; unlike anywhere it is not known."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()

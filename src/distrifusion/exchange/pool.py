@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from distrifusion.exchange.gathering import GatherBuffer
-from distrifusion.exchange.posted import Posted, tag_of
+from distrifusion.exchange.posted import Posted
 from distrifusion.exchange.transport import Message, Transport
 from distrifusion.plan import SiteKind
 
@@ -30,9 +30,8 @@ class Parcel(Posted):
     """Small values of several sites in one flat buffer per peer and direction, so that they cost one message."""
 
     def __init__(self, sites: Mapping[str, Swapped]) -> None:
-        super().__init__()
+        super().__init__("parcel:" + next(iter(sites)))
         self.kind_bytes: dict[SiteKind, int] = {}
-        self.tag = tag_of("parcel:" + next(iter(sites)))
         self._sites = frozenset(sites)
         self._written: set[str] = set()
         for swapped in sites.values():

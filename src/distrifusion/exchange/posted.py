@@ -16,7 +16,9 @@ def tag_of(name: str) -> int:
 class Posted(ABC):
     """Something that is sent once a call and has arrived by the next one."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.tag = tag_of(name)
         self._pending: Pending | None = None
 
     def settle(self) -> None:

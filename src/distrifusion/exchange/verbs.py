@@ -169,10 +169,14 @@ class Exchange:
     call and posts this call's values, without waiting, as soon as the old ones have been used (at the next verb at the
     latest). Every rank of a team calls the same verbs in the same order; names, not that order, tell values apart.
     Several verbs may be under way before the first is waited for, so that they cost one wait.
+
+    Attributes:
+        posting: kind and name of what was posted last, which a trace reads.
     """
 
     def __init__(self, transport: Transport) -> None:
         self.transport = transport
+        self.posting = ("", "")
         self.bytes_sent: Counter[str] = Counter()
         self.num_posts = 0
         self._policy = CallPolicy((transport.rank,), 0)
@@ -311,6 +315,7 @@ class Exchange:
         sends = {peer: tensor.contiguous() for peer, tensor in outgoing.items()}
         receives = {peer: like.new_empty(shape) for peer, shape in incoming.items()}
         tag = tag_of(name)
+        self.posting = (str(kind or "exit"), name)
         pending = self.transport.post(
             [Message(peer, tensor, tag) for peer, tensor in sends.items()],
             [Message(peer, tensor, tag) for peer, tensor in receives.items()],
@@ -350,6 +355,7 @@ class Exchange:
         self._deferred.clear()
 
     def _post(self, kind: str, posted: Posted) -> None:
+        self.posting = (kind, posted.name)
         num_bytes = posted.post(self.transport)
         if isinstance(posted, Parcel):
             self.bytes_sent.update({str(k): n for k, n in posted.kind_bytes.items()})

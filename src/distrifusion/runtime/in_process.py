@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import itertools
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,9 +19,10 @@ from distrifusion.plan import Plan
 from distrifusion.runtime import attributes, source
 from distrifusion.runtime.cancelling import Boundaries, OwnAgreement, StoreAgreement
 from distrifusion.runtime.faults import is_out_of_memory, out_of_memory
-from distrifusion.runtime.pipeline import LoadedPipeline, tensor_inputs
+from distrifusion.runtime.pipeline import EndedRun, LoadedPipeline, tensor_inputs
 from distrifusion.runtime.stepping import WatchedBars
-from distrifusion.runtime.timing import RunTimes, StepClock
+from distrifusion.runtime.timing import StepClock
+from distrifusion.tracing import Tracer
 
 _pipelines = itertools.count()
 
@@ -49,18 +50,20 @@ class InProcessPipeline(LoadedPipeline):
     def _facts(self) -> source.PipelineFacts:
         return self._known
 
-    def _run(self, number: int, arguments: dict[str, Any]) -> tuple[Any, RunTimes]:
+    def _run(self, number: int, arguments: dict[str, Any], traced: bool) -> EndedRun:
+        tracer = Tracer(self._pipe) if traced else None
         clock = StepClock(self._pipe.device)
         self._boundaries.begin(number)
         followed = _followed(type(self._pipe), arguments, clock, self._boundaries)
         try:
-            with _threads(self.threads):
+            with _threads(self.threads), tracer or nullcontext():
                 output = self._pipe(**{**arguments, **followed})
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
             raise out_of_memory(error, self.rank, self._boundaries.step) from error
-        return output, clock.times()
+        times = clock.times()
+        return EndedRun(output, times, tracer.collect() if tracer else [])
 
     def _cancel(self, number: int) -> None:
         self._agreement.cancel(number)

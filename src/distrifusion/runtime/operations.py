@@ -9,6 +9,7 @@ from typing import Any
 from distrifusion.runtime.randomness import Randomness
 from distrifusion.runtime.source import Source
 from distrifusion.runtime.timing import RunTimes
+from distrifusion.timeline import RankTimeline
 
 
 @dataclass(frozen=True)
@@ -42,12 +43,14 @@ class Call:
     Attributes:
         number: of the call, as the caller counts them.
         tensor_inputs: names of tensors the caller's `callback_on_step_end` gets, None if there is none.
+        traced: the answer tells what the rank did in the denoiser calls.
     """
 
     number: int
     arguments: Mapping[str, Any]
     randomness: Randomness
     tensor_inputs: tuple[str, ...] | None
+    traced: bool
 
 
 @dataclass(frozen=True)
@@ -101,8 +104,9 @@ class Same:
 
 @dataclass(frozen=True)
 class CallResult:
-    """What a call gives: rank 0 sends all of it, other ranks only the fact that they are done."""
+    """What a call gives: rank 0 sends all of it, other ranks only that they are done, and what they did if asked."""
 
     output: Any = None
     randomness: Randomness | None = None
     times: RunTimes | None = None
+    timeline: RankTimeline | None = None

@@ -6,6 +6,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
@@ -16,6 +17,7 @@ from distrifusion.plan import Plan
 from distrifusion.runtime import call_checks
 from distrifusion.runtime.source import PipelineFacts
 from distrifusion.runtime.timing import RunTimes
+from distrifusion.timeline import RankTimeline, Timeline
 
 _REFUSED = {
     "from_pipe": "give load a function that builds the pipeline you want",
@@ -28,6 +30,19 @@ _REFUSED = {
     "cuda": "load(devices=...) places the pipeline",
     "cpu": "load(devices=...) places the pipeline",
 }
+
+
+@dataclass(frozen=True)
+class EndedRun:
+    """What a call gave.
+
+    Attributes:
+        ranks: what the ranks did in it; empty if it was not traced.
+    """
+
+    output: Any
+    times: RunTimes
+    ranks: list[RankTimeline]
 
 
 class LoadedPipeline(ABC):
@@ -54,7 +69,7 @@ class LoadedPipeline(ABC):
     def __init__(self, plan: Plan, devices: tuple[torch.device, ...], threads: int | None, rank: int) -> None:
         own = {"plan": plan, "devices": devices, "threads": threads, "rank": rank, "last_run": None}
         # Calls are counted from 1; `_running` is the number of the one that is being served.
-        own |= {"_lock": threading.RLock(), "_num_calls": 0, "_running": None, "_closed": False}
+        own |= {"_lock": threading.RLock(), "_num_calls": 0, "_running": None, "_closed": False, "_timeline": None}
         self.__dict__.update(own)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -76,11 +91,34 @@ class LoadedPipeline(ABC):
                 facts = self._facts()
                 arguments = call_checks.bind(facts, args, kwargs)
                 call_checks.check(facts, arguments)
-                output, times = self._run(number, arguments)
+                ended = self._run(number, arguments, traced=self._timeline is not None)
             finally:
                 self.__dict__["_running"] = None
-            self.__dict__["last_run"] = times
-            return output
+            self.__dict__["last_run"] = ended.times
+            if self._timeline is not None:
+                self._timeline.add(ended.ranks)
+            return ended.output
+
+    @contextmanager
+    def trace(self) -> Iterator[Timeline]:
+        """Note when every rank computes, posts and waits in the denoiser calls of what is drawn meanwhile.
+
+        The timeline grows with every call that ends without an error. Under torchrun it has all ranks on rank 0, the
+        own one elsewhere.
+
+        Raises:
+            ConfigError: if the pipeline is traced already, or, by its call, if it has no denoiser.
+
+        Under torchrun every rank calls it.
+        """
+        with self._turn():
+            if self._timeline is not None:
+                raise ConfigError("this pipeline is traced already; use the timeline of that block")
+            timeline = self.__dict__["_timeline"] = Timeline(str(self.plan))
+        try:
+            yield timeline
+        finally:
+            self.__dict__["_timeline"] = None
 
     def cancel(self) -> None:
         """End the call that is being served: it raises `Cancelled`, and the pipeline is ready for the next call.
@@ -142,7 +180,7 @@ class LoadedPipeline(ABC):
     def _facts(self) -> PipelineFacts: ...
 
     @abstractmethod
-    def _run(self, number: int, arguments: dict[str, Any]) -> tuple[Any, RunTimes]: ...
+    def _run(self, number: int, arguments: dict[str, Any], traced: bool) -> EndedRun: ...
 
     @abstractmethod
     def _cancel(self, number: int) -> None: ...

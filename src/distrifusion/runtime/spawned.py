@@ -12,11 +12,10 @@ from tqdm.auto import tqdm
 from distrifusion.errors import Cancelled, ConfigError, RankFailed
 from distrifusion.runtime import call_checks, randomness
 from distrifusion.runtime.operations import Call, CallResult, Component, Get, Invoke, Method, Same, Set
-from distrifusion.runtime.pipeline import LoadedPipeline, tensor_inputs
+from distrifusion.runtime.pipeline import EndedRun, LoadedPipeline, tensor_inputs
 from distrifusion.runtime.processes import Crew
 from distrifusion.runtime.source import PipelineFacts
 from distrifusion.runtime.stepping import Unchanged
-from distrifusion.runtime.timing import RunTimes
 from distrifusion.runtime.wire import (
     BarClosed,
     BarMoved,
@@ -91,15 +90,15 @@ class SpawnedPipeline(LoadedPipeline):
         self.start()
         return self._workers.facts
 
-    def _run(self, number: int, arguments: dict[str, Any]) -> tuple[Any, RunTimes]:
+    def _run(self, number: int, arguments: dict[str, Any], traced: bool) -> EndedRun:
         callback = arguments.get("callback_on_step_end")
         names = None if callback is None else tensor_inputs(arguments)
         sent = {name: value for name, value in arguments.items() if not name.startswith("callback_on_step_end")}
         with_cuda = torch.cuda.is_initialized() or sent.get("generator") is None
-        call = Call(number, sent, randomness.capture(self.devices[0], {}, with_cuda), names)
+        call = Call(number, sent, randomness.capture(self.devices[0], {}, with_cuda), names, traced)
         watcher = _Watcher(self, self._workers, number, callback, self._bar_config, with_cuda)
         try:
-            result: CallResult = self._ask(call, watcher)[0]
+            results: list[CallResult] = self._ask(call, watcher)
         except (CallbackRaised, RankFailed):
             if watcher.error is None:
                 raise
@@ -108,8 +107,9 @@ class SpawnedPipeline(LoadedPipeline):
             raise cancelled from None
         finally:
             watcher.close_bar()
-        assert result.times is not None
-        return result.output, result.times
+        assert results[0].times is not None
+        ranks = [result.timeline for result in results if result.timeline is not None]
+        return EndedRun(results[0].output, results[0].times, ranks)
 
     def _cancel(self, number: int) -> None:
         self._workers.board.cancel(number)

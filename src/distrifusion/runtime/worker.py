@@ -58,6 +58,7 @@ from distrifusion.runtime.wire import (
     pack,
     unpack,
 )
+from distrifusion.tracing import Tracer
 
 # Seconds between two looks at whether the caller is still there.
 _LOOK = 0.5
@@ -148,12 +149,14 @@ class Worker:
     def _call(self, op: Call, request: int, generators: Generators) -> CallResult:
         randomness.restore(op.randomness, self.device, {})
         self.boundaries.begin(op.number)
+        tracer = Tracer(self.pipe) if op.traced else None
         clock = StepClock(self.device)
-        output = self.pipe(**op.arguments, **self._step_end(op, request, generators, clock))
-        times = clock.times()
+        with tracer or contextlib.nullcontext():
+            output = self.pipe(**op.arguments, **self._step_end(op, request, generators, clock))
+        times, timeline = clock.times(), tracer.timeline() if tracer else None
         if self.rank != 0:
-            return CallResult()
-        return CallResult(output, randomness.capture(self.device, generators), times)
+            return CallResult(timeline=timeline)
+        return CallResult(output, randomness.capture(self.device, generators), times, timeline)
 
     def _step_end(self, op: Call, request: int, generators: Generators, clock: StepClock) -> dict[str, Any]:
         if not takes_step_callback(type(self.pipe)):

@@ -7,7 +7,7 @@ import json
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +16,8 @@ from distrifusion.errors import ConfigError
 COMPUTE, WAIT, POST = "compute", "wait", "post"
 # What a call exchanged: nothing (one device), this call's values, or for some kinds those of the last call.
 ALONE, SYNCHRONOUS, DISPLACED = "one device", "synchronous", "displaced"
-ENDINGS = (".json", ".json.gz")
+_ENDINGS = (".json", ".json.gz")
+_NUM_LONGEST = 10
 
 
 class Span(NamedTuple):
@@ -155,11 +156,22 @@ class Timeline:
         lines = []
         for mode in self.modes():
             calls = self.calls(mode)
-            total = {what: sum(s.share for s in shares(calls) if s.what == what) for what in (COMPUTE, WAIT, POST)}
-            parts = ", ".join(f"{what} {100 * share:.1f} %" for what, share in total.items())
-            seconds = sum(call.seconds for call in calls) / len(calls)
-            lines.append(f"{mode} calls: {seconds:.3g} s on average, {parts}")
+            found = shares(calls)
+            total = {what: 100 * sum(s.share for s in found if s.what == what) for what in (COMPUTE, WAIT, POST)}
+            parts = ", ".join(f"{what} {share:.1f} %" for what, share in total.items())
+            lines.append(f"{mode} calls: {sum(s.seconds for s in found):.3g} s on average, {parts}")
         return "\n".join(lines)
+
+    def as_dict(self) -> dict[str, Any]:
+        """What compute, posts and waits took, and the layers that are waited for most, by mode, for JSON."""
+        found = {}
+        for mode in self.modes():
+            calls = self.calls(mode)
+            found[mode] = {
+                "shares": [asdict(share) for share in shares(calls)],
+                "longest_waits": [asdict(wait) for wait in longest_waits(calls, _NUM_LONGEST)],
+            }
+        return {"calls": found}
 
     def chrome(self) -> dict[str, Any]:
         """The trace in Chrome's format (Trace Event Format), a process for each rank, times in microseconds."""
@@ -173,7 +185,7 @@ class Timeline:
         Raises:
             ConfigError: if the path cannot be that of a trace.
         """
-        path = check_path(Path(path))
+        path = check_trace_path(Path(path))
         data = json.dumps(self.chrome(), separators=(",", ":")).encode()
         path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
 
@@ -208,14 +220,14 @@ def _grouped(calls: Iterable[Call], key: Callable[[Span], tuple[str, str] | None
     return groups
 
 
-def check_path(path: Path) -> Path:
+def check_trace_path(path: Path) -> Path:
     """The path of a trace to be written.
 
     Raises:
         ConfigError: if it has another ending, is a folder, or lies in a folder that is not there or cannot be written.
     """
-    if not path.name.endswith(ENDINGS):
-        raise ConfigError(f"trace '{path}' does not end in {' or '.join(ENDINGS)}, which trace viewers read")
+    if not path.name.endswith(_ENDINGS):
+        raise ConfigError(f"trace '{path}' does not end in {' or '.join(_ENDINGS)}, which trace viewers read")
     if path.is_dir():
         raise ConfigError(f"trace '{path}' is a folder; name a file in it, such as {path / 'trace.json'}")
     if not path.parent.is_dir():

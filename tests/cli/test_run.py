@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
 import subprocess
@@ -13,17 +14,23 @@ from PIL import Image
 from shell import finish, run
 
 import distrifusion
+import distrifusion.loading
 
 
 def test_two_devices_compared_with_one(folder: Path, tmp_path: Path) -> None:
     words = ["run", folder, "--prompt=a lake", "--devices=2", "--steps=3", "--size=72x64", "--seed=7", "--compare"]
-    done = finish(*words, "--guidance=3", "--scheduler=euler", "-o", tmp_path / "a.png")
+    outputs = ["-o", tmp_path / "a.png", "--trace", tmp_path / "t.json.gz"]
+    done = finish(*words, "--guidance=3", "--scheduler=euler", *outputs)
     assert done.returncode == 0, done.stderr
-    first, second = done.stdout.strip().splitlines()
+    first, shares, trace, second = done.stdout.strip().splitlines()
     assert re.match(
         r"cfg2 on 2 CPU processes of \d+ threads?: \S+ s per step, \S+ s in all, seed 7, picture in ", first
     )
     assert first.endswith(str(tmp_path / "a.png"))
+    assert re.match(r"synchronous calls: \S+ s on average, compute \S+ %, wait \S+ %, post \S+ %$", shares)
+    assert trace == f"trace in {tmp_path / 't.json.gz'}"
+    events = json.loads(gzip.decompress((tmp_path / "t.json.gz").read_bytes()))["traceEvents"]
+    assert sum(event.get("cat") == "call" for event in events) == 2 * 3
     psnr = re.search(r"against 1 CPU process of .*x per step, .*x in all, PSNR (\S+) dB, SSIM (\S+), ", second)
     assert psnr is not None and float(psnr[1]) > 60 and float(psnr[2]) > 0.999
     assert Image.open(tmp_path / "a.png").size == (72, 64)
@@ -40,11 +47,14 @@ def test_one_device_in_this_process(folder: Path, tmp_path: Path) -> None:
 
 
 def test_the_answer_as_json(folder: Path, tmp_path: Path) -> None:
-    done = run("run", folder, "-p", "a", "--steps", "2", "--seed", "7", "-o", tmp_path / "a.png", "--format", "json")
+    done = run("run", folder, "-p", "a", "--steps", "2", "--seed", "7", "-o", tmp_path / "a.png", "--format", "json",
+               "--trace", tmp_path / "t.json")  # fmt: skip
     assert done.exit_code == 0, done.stderr
     answer = json.loads(done.stdout)
     assert answer["plan"] == "patch1" and answer["seed"] == 7 and answer["picture"] == str(tmp_path / "a.png")
     assert 0 < answer["seconds_per_step"] < answer["seconds"] and "compared" not in answer
+    assert answer["trace"]["file"] == str(tmp_path / "t.json")
+    assert [share["what"] for share in answer["trace"]["calls"]["one device"]["shares"]] == ["compute"]
 
 
 @pytest.mark.parametrize(
@@ -64,6 +74,9 @@ def test_the_answer_as_json(folder: Path, tmp_path: Path) -> None:
         (["--out", "/nowhere/at/all/a.png"], "there is no folder '/nowhere/at/all'"),
         (["--out", "a.pictures"], "use .png"),
         (["--out", "/"], "is a folder"),
+        (["--trace", "/nowhere/at/all/t.json"], "there is no folder '/nowhere/at/all'"),
+        (["--trace", "t.txt"], "does not end in .json or .json.gz"),
+        (["--trace", "/"], "does not end in"),
         (["--devices", "1", "--compare"], "--compare compares with one device"),
     ],
 )
@@ -72,6 +85,15 @@ def test_bad_values_are_one_clear_line(folder: Path, words: list[str], says: str
     assert done.exit_code == 2
     assert says in done.stderr and done.stderr.startswith("distrifusion: ")
     assert done.stderr.count("\n") == 1 and done.stdout == ""
+
+
+def test_a_trace_that_cannot_be_written_is_refused_before_anything_is_loaded(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "t.json").mkdir()
+    monkeypatch.setattr(distrifusion.loading, "load", None)
+    done = run("run", folder, "-p", "a", "--trace", tmp_path / "t.json")
+    assert done.exit_code == 2 and "is a folder; name a file in it" in done.stderr
 
 
 @pytest.mark.parametrize("model", ["/nowhere/at/all", "dmeo", "/"])

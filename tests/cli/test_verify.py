@@ -32,7 +32,18 @@ def displaced(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     out = tmp_path_factory.mktemp("report") / "new" / "folder"
     words = ["--plan=patch2.columns.displaced.w0", "--prompt=a <b> lake", "--size=72x64", "--steps=4", "--seeds=0,4"]
     limits = ["--max-latent-error=1e-9", "--min-psnr=5", "--max-seam=99"]
-    done = run("verify", folder, *words, *limits, "--guidance=1", "--report", out, "--bfloat16-floor")
+    done = run(
+        "verify",
+        folder,
+        *words,
+        *limits,
+        "--guidance=1",
+        "--report",
+        out,
+        "--bfloat16-floor",
+        "--trace",
+        out / "t.json",
+    )
     return done, out
 
 
@@ -42,11 +53,23 @@ def test_a_missed_limit_is_told_and_is_the_exit_status(displaced: Any) -> None:
     missed = re.findall(r"^missed: seed (\d+): relative error .* is above the limit of 1e-09 by ", done.stdout, re.M)
     assert missed == ["0", "4"]
     assert re.match(r"patch2\.columns\.displaced\.w0 against one device, .*, 2 pictures\n", done.stdout)
-    assert done.stdout.endswith(f"report: {out / 'index.html'}\nmissed\n")
+    assert f"report: {out / 'index.html'}\nsynchronous calls: " in done.stdout
+    assert done.stdout.endswith(f" %\ntrace: {out / 't.json'}\nmissed\n")
     assert "skipped: MS-SSIM of the picture: a side of the picture is below 176 pixels" in done.stdout
     assert (
         "skipped: Frechet distance to one device: the classifier reads pictures of the demo model only" in done.stdout
     )
+
+
+def test_the_first_seed_is_traced(displaced: Any) -> None:
+    _, out = displaced
+    events = json.loads((out / "t.json").read_text())["traceEvents"]
+    calls = [event["name"] for event in events if event.get("cat") == "call" and event["pid"] == 1]
+    assert calls == [f"unet call {n}, {'synchronous' if n == 1 else 'displaced'}" for n in range(1, 5)]
+    assert set(json.loads((out / "report.json").read_text())["timeline"]["calls"]) == {"synchronous", "displaced"}
+    page = (out / "index.html").read_text()
+    assert page.count('<svg class="strip"') == 2 and page.count(">rank 1</text>") == 2
+    assert "Displaced: call " in page and "border rows and norm statistics of up to 16 layers" in page
 
 
 def test_the_data_holds_every_step_of_every_seed(displaced: Any) -> None:
@@ -108,6 +131,8 @@ def test_the_demo_on_one_device_equals_itself() -> None:
         (["--plan", "cfg2", "--max-seam", "2"], "needs a plan that cuts the picture"),
         (["--plan", "patch2", "--max-frechet", "2", "--seeds", "5"], "at least two seeds"),
         (["--plan", "patch2", "--report", "/dev/null"], "is a file; name a folder"),
+        (["--plan", "patch2", "--trace", "/nowhere/at/all/t.json"], "there is no folder '/nowhere/at/all'"),
+        (["--plan", "patch2", "--trace", "t.html"], "does not end in .json or .json.gz"),
         (["--plan", "patch2", "--scheduler", "eular"], "scheduler 'eular'"),
         (["--plan", "patch2", "--dtype", "int8"], "dtype 'int8'"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,13 @@ SYNCHRONOUS_STEPS = 2
 @pytest.fixture(scope="module")
 def three(sdxl_folder: Path) -> Iterator[LoadedPipeline]:
     with load(sdxl_folder, devices=["cpu"] * 3, plan="patch3.displaced.w1") as pipe:
+        pipe.set_progress_bar_config(disable=True)
+        yield pipe
+
+
+@pytest.fixture(scope="module")
+def one_device(sdxl_folder: Path) -> Iterator[LoadedPipeline]:
+    with load(sdxl_folder) as pipe:
         pipe.set_progress_bar_config(disable=True)
         yield pipe
 
@@ -48,7 +56,7 @@ def test_the_spans_of_a_call_fill_it_exactly(timeline: Timeline) -> None:
         for call in rank.calls:
             spans = list(call.spans())
             assert spans[0].start == call.start and spans[-1].end == call.end
-            assert all(a.end == b.start and a.end > a.start for a, b in zip(spans, spans[1:], strict=False))
+            assert all(a.end == b.start and a.end > a.start for a, b in itertools.pairwise(spans))
             assert {span.what for span in spans} == {COMPUTE, POST, WAIT}
 
 
@@ -59,7 +67,7 @@ def test_every_exchange_of_a_synchronous_call_is_named(timeline: Timeline) -> No
         waits = {(span.kind, span.layer) for span in call.exchanges if span.what == WAIT}
         posts = {(span.kind, span.layer) for span in call.exchanges if span.what == POST}
         assert waits == posts and {kind for kind, _ in waits} == {"kv", "halo", "norm", "exit"}
-        named = dict((layer, kind) for kind, layer in waits)
+        named = {layer: kind for kind, layer in waits}
         assert {layer: named[layer] for layer in unet} == unet
         assert named["down_blocks.1.attentions.0.transformer_blocks.0.attn1"] == "kv"
         assert all(span.layer and rank.rank not in span.peers and span.peers for span in call.exchanges)
@@ -119,3 +127,20 @@ def test_the_picture_is_the_same_and_nothing_stays_in_the_way(three: LoadedPipel
         draw(three)
     assert len(timeline.ranks[0].calls) == 2 * STEPS
     assert torch.equal(draw(three), before)
+
+
+def test_one_device_computes_all_the_time(one_device: LoadedPipeline) -> None:
+    with one_device.trace() as timeline:
+        with pytest.raises(ConfigError, match="traced already"), one_device.trace():
+            pass
+        draw(one_device)
+    assert timeline.modes() == [ALONE] and len(timeline.ranks[0].calls) == STEPS
+    assert [span.what for call in timeline.ranks[0].calls for span in call.spans()] == [COMPUTE] * STEPS
+    assert timeline.plan == "patch1"
+
+
+def test_a_call_that_fails_adds_nothing(one_device: LoadedPipeline) -> None:
+    with one_device.trace() as timeline, pytest.raises(ValueError, match="prompt"):
+        one_device(None, num_inference_steps=1)
+    assert timeline.ranks == [] and timeline.modes() == [] and timeline.text() == ""
+    assert "forward" not in vars(one_device.unet)

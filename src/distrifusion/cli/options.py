@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -105,6 +106,17 @@ Devices = Annotated[
         r"[dim]\[default: as the plan needs, else all GPUs, else one CPU][/dim]",
         show_default=False,
         rich_help_panel=DIVISION,
+    ),
+]
+Trace = Annotated[
+    Path | None,
+    typer.Option(
+        "--trace",
+        metavar="FILE",
+        help="Also write when every device computes, posts and waits, layer by layer: a Chrome trace (.json or "
+        ".json.gz), to be opened in ui.perfetto.dev or chrome://tracing.",
+        show_default=False,
+        rich_help_panel=OUTPUT,
     ),
 ]
 AnswerFormat = Annotated[

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from distrifusion.runtime.pipeline import LoadedPipeline
+    from distrifusion.timeline import Timeline
 
 _NUM_PREVIEWS = 10
 
@@ -133,6 +135,7 @@ def run(
             rich_help_panel=options.OUTPUT,
         ),
     ] = False,
+    trace: options.Trace = None,
     answer: options.AnswerFormat = options.Format.TEXT,
 ) -> None:
     """Draw a picture and say how long a step took.
@@ -156,6 +159,7 @@ def run(
             secrets.randbelow(2**32) if seed is None else options.check_seed(seed),
             lora,
             preview,
+            trace,
         )
         _draw(order, out, compare, answer)
 
@@ -169,6 +173,7 @@ class Order:
     seed: int
     lora: Path | None
     preview: Path | None
+    trace: Path | None
 
     def arguments(self) -> dict[str, Any]:
         """Arguments of the pipeline's call.
@@ -187,13 +192,14 @@ class Order:
 
 @dataclass(frozen=True)
 class Drawn:
-    """A picture and how it came out: plan, devices, seconds per step and in all."""
+    """A picture and how it came out: plan, devices, seconds per step and in all; what the ranks did, if traced."""
 
     picture: Image
     plan: str
     devices: str
     per_step: float
     total: float
+    timeline: Timeline | None
 
     def __str__(self) -> str:
         return f"{self.plan} on {self.devices}: {self.per_step:.3g} s per step, {self.total:.3g} s in all"
@@ -242,11 +248,14 @@ def _draw(order: Order, out: Path, compare: bool, answer: options.Format) -> Non
     # Torch and diffusers take seconds to import; `--help` and a wrong option do not wait for them.
     quiet_libraries()
     from distrifusion.loading import load
+    from distrifusion.timeline import check_trace_path
 
     arguments = order.arguments()
     for path in (out, order.preview):
         if path is not None:
             _check_picture_path(path)
+    if order.trace is not None:
+        check_trace_path(order.trace)
     if order.lora is not None and not order.lora.exists():
         raise ConfigError(f"--lora '{order.lora}': there is no such file or folder")
     source, keywords = order.source()
@@ -255,27 +264,33 @@ def _draw(order: Order, out: Path, compare: bool, answer: options.Format) -> Non
     if compare:
         _check_comparable(spec, plan)
     with load(source, spec, plan, **keywords) as pipe:
-        drawn = _once(pipe, order, arguments, str(pipe.plan), order.preview)
+        drawn = _once(pipe, order, arguments, str(pipe.plan), first=True)
         where, threads, chief = pipe.devices, pipe.threads, pipe.rank == 0
     if not chief:
         return
     drawn.picture.save(out)
+    if drawn.timeline is not None and order.trace is not None:
+        drawn.timeline.write(order.trace)
     as_json = answer is options.Format.JSON
     if not as_json:
         typer.echo(f"{drawn}, seed {order.seed}, picture in {out}")
+        if drawn.timeline is not None:
+            typer.echo(f"{drawn.timeline.text()}\ntrace in {order.trace}")
     comparison = None
     if compare:
         with load(source, [where[0]], threads=threads, **keywords) as pipe:
-            alone = _once(pipe, order, arguments, "1 device", None)
+            alone = _once(pipe, order, arguments, "1 device", first=False)
         comparison = _compare(drawn, alone, out)
     if as_json:
-        compared = {"compared": comparison.as_dict()} if comparison else {}
-        typer.echo(json.dumps({**drawn.as_dict(), "seed": order.seed, "picture": str(out), **compared}, indent=1))
+        more = {"compared": comparison.as_dict()} if comparison else {}
+        more |= {"trace": {"file": str(order.trace), **drawn.timeline.as_dict()}} if drawn.timeline else {}
+        typer.echo(json.dumps({**drawn.as_dict(), "seed": order.seed, "picture": str(out), **more}, indent=1))
     elif comparison:
         typer.echo(comparison)
 
 
-def _once(pipe: LoadedPipeline, order: Order, arguments: dict[str, Any], label: str, preview: Path | None) -> Drawn:
+def _once(pipe: LoadedPipeline, order: Order, arguments: dict[str, Any], label: str, first: bool) -> Drawn:
+    """Draw; `first` is what was ordered, with its preview and its trace, and not what it is compared with."""
     import diffusers
     import torch
 
@@ -288,15 +303,15 @@ def _once(pipe: LoadedPipeline, order: Order, arguments: dict[str, Any], label: 
         pipe.load_lora_weights(str(order.lora.resolve()))
     pipe.set_progress_bar_config(desc=label, dynamic_ncols=True, **({} if pipe.rank == 0 else {"disable": True}))
     more: dict[str, Any] = {"generator": torch.Generator("cpu").manual_seed(order.seed)}
-    if preview is not None:
+    if first and order.preview is not None:
         every = max(1, arguments["num_inference_steps"] // _NUM_PREVIEWS)
-        more["callback_on_step_end"] = Preview(preview, every, pipe.rank)
-    with cancelled_by_ctrl_c(pipe):
+        more["callback_on_step_end"] = Preview(order.preview, every, pipe.rank)
+    with cancelled_by_ctrl_c(pipe), pipe.trace() if first and order.trace else nullcontext() as timeline:
         picture = pipe(**arguments, **more).images[0]
     times = pipe.last_run
     assert times is not None
     where = devices_in_words(pipe.devices, pipe.threads)
-    return Drawn(picture, str(pipe.plan), where, times.seconds_per_step, times.total)
+    return Drawn(picture, str(pipe.plan), where, times.seconds_per_step, times.total, timeline)
 
 
 def _compare(drawn: Drawn, alone: Drawn, out: Path) -> Comparison:

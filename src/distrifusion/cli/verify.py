@@ -83,11 +83,12 @@ def verify(
             "--report",
             metavar="FOLDER",
             help="Where to write index.html, a page with pictures and plots that needs nothing else, and report.json, "
-            "the raw rows.",
+            "the raw rows. The first seed is traced for it.",
             show_default=False,
             rich_help_panel=options.OUTPUT,
         ),
     ] = None,
+    trace: options.Trace = None,
     bfloat16_floor: Annotated[
         bool,
         typer.Option(
@@ -130,15 +131,22 @@ def verify(
     with spoken_errors():
         wish = Wish(model, devices, plan, size, scheduler, dtype, call)
         quiet_libraries()
-        task = _task(wish, _seeds(seeds), _prompts(model, prompt, prompts), bfloat16_floor)
+        task = _task(wish, _seeds(seeds), _prompts(model, prompt, prompts), bfloat16_floor, bool(report or trace))
         _check_limits(limits, task)
-        _check_folder(report)
-        passed = _verify(task, limits, report, answer, _command(context))
+        _check_outputs(report, trace)
+        passed = _verify(task, limits, report, trace, answer, _command(context))
     if not passed:
         raise typer.Exit(FAILED)
 
 
-def _verify(task: Task, limits: dict[str, float], report: Path | None, answer: options.Format, command: str) -> bool:
+def _verify(
+    task: Task,
+    limits: dict[str, float],
+    report: Path | None,
+    trace: Path | None,
+    answer: options.Format,
+    command: str,
+) -> bool:
     """Draw, measure and tell; False if a limit was missed."""
     from distrifusion.quality import measures, summary
     from distrifusion.quality import report as reports
@@ -152,6 +160,8 @@ def _verify(task: Task, limits: dict[str, float], report: Path | None, answer: o
         verdict = summary.Verdict(limits, measures.misses(limits, pictures, outcome.together))
         circumstances = reports.Circumstances.of(outcome, command)
         page = reports.write(report, outcome, verdict, circumstances, shelf) if report else None
+    if trace is not None and outcome.timeline is not None:
+        outcome.timeline.write(trace)
     if answer is options.Format.JSON:
         typer.echo(json.dumps(reports.data(outcome, verdict, circumstances), indent=1))
     else:
@@ -160,12 +170,14 @@ def _verify(task: Task, limits: dict[str, float], report: Path | None, answer: o
         typer.echo(summary.text(outcome, verdict))
         if page:
             typer.echo(f"report: {page}")
+        if trace and outcome.timeline:
+            typer.echo(f"{outcome.timeline.text()}\ntrace: {trace}")
         if verdict.passed is not None:
             typer.echo("passed" if verdict.passed else "missed")
     return verdict.passed is not False
 
 
-def _task(wish: Wish, seeds: tuple[int, ...], prompts: tuple[str, ...], bfloat16_floor: bool) -> Task:
+def _task(wish: Wish, seeds: tuple[int, ...], prompts: tuple[str, ...], bfloat16_floor: bool, traced: bool) -> Task:
     """What to draw, checked before any weight is read.
 
     Raises:
@@ -182,7 +194,7 @@ def _task(wish: Wish, seeds: tuple[int, ...], prompts: tuple[str, ...], bfloat16
     where, plan = resolve(wish.device_spec(), None if wish.plan is None else Plan.parse(wish.plan))
     half = dtype_keyword("bfloat16") if bfloat16_floor else None
     keywords = dtype_keyword(wish.dtype)
-    return Task(wish.model, where, plan, seeds, prompts, arguments, wish.scheduler_class(), keywords, half)
+    return Task(wish.model, where, plan, seeds, prompts, arguments, wish.scheduler_class(), keywords, half, traced)
 
 
 def _seeds(text: str) -> tuple[int, ...]:
@@ -238,12 +250,16 @@ def _check_limits(limits: dict[str, float], task: Task) -> None:
         raise ConfigError(f"--max-seam needs a plan that cuts the picture, and '{task.plan}' does not")
 
 
-def _check_folder(folder: Path | None) -> None:
+def _check_outputs(folder: Path | None, trace: Path | None) -> None:
+    from distrifusion.timeline import check_trace_path
+
     if folder is not None and folder.exists() and not folder.is_dir():
         raise ConfigError(f"--report '{folder}' is a file; name a folder")
     if folder is not None:
         # Now, not after an hour of pictures.
         folder.mkdir(parents=True, exist_ok=True)
+    if trace is not None:
+        check_trace_path(trace)
 
 
 def _command(context: typer.Context) -> str:

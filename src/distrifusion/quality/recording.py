@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from distrifusion.runtime.pipeline import LoadedPipeline
+from distrifusion.timeline import Timeline
 
 # Entered around every call: the command line lets Ctrl-C cancel the call there.
 Guard = Callable[[LoadedPipeline], AbstractContextManager[Any]]
@@ -27,12 +28,14 @@ class Recording:
         latents: after every denoising step, each [B, C, H, W] in fp32; empty if the pipeline does not call back.
         seconds_per_step: mean over the steps after the first.
         seconds: of the whole call.
+        timeline: what the ranks did, if it was asked for.
     """
 
     picture: Image.Image
     latents: tuple[np.ndarray, ...]
     seconds_per_step: float
     seconds: float
+    timeline: Timeline | None = None
 
 
 def record(
@@ -42,6 +45,7 @@ def record(
     label: str,
     calls_back: bool = True,
     guard: Guard = nullcontext,
+    traced: bool = False,
 ) -> Recording:
     """Draw one picture from the noise of `seed` and keep the latents of every step.
 
@@ -49,6 +53,7 @@ def record(
         arguments: of the pipeline's call, without generator and callback.
         label: what the progress bar says.
         calls_back: the pipeline's class takes `callback_on_step_end`.
+        traced: also note what the ranks do.
 
     Raises:
         Whatever the call raises.
@@ -62,11 +67,11 @@ def record(
 
     pipe.set_progress_bar_config(desc=label, dynamic_ncols=True)
     callback = {"callback_on_step_end": keep} if calls_back else {}
-    with guard(pipe):
+    with guard(pipe), pipe.trace() if traced else nullcontext() as timeline:
         output = pipe(**arguments, **callback, generator=torch.Generator("cpu").manual_seed(seed))
     times = pipe.last_run
     assert times is not None
-    return Recording(output.images[0], tuple(latents), times.seconds_per_step, times.total)
+    return Recording(output.images[0], tuple(latents), times.seconds_per_step, times.total, timeline)
 
 
 class Shelf:

@@ -28,8 +28,10 @@ from distrifusion.quality.panel import error_map
 from distrifusion.quality.plots import Line, Mark, chart
 from distrifusion.quality.recording import Shelf
 from distrifusion.quality.seams import Cut
+from distrifusion.quality.strips import strip, typical_call
 from distrifusion.quality.summary import Verdict
 from distrifusion.quality.verify import PLAN, REFERENCE, Outcome
+from distrifusion.timeline import COMPUTE, POST, WAIT, Call, Share, Timeline, longest_waits, shares
 
 PAGE, DATA = "index.html", "report.json"
 # More would make the page heavy; the table has them all.
@@ -37,6 +39,14 @@ _MAX_SHOWN = 12
 # Longest side of a picture on the page, in pixels.
 _MAX_PIXELS = 640
 _LEVELS = 255
+_NUM_WAITS = 5
+_KINDS = {
+    "kv": "keys and values (kv)",
+    "halo": "border rows (halo)",
+    "norm": "norm statistics (norm)",
+    "parcel": "border rows and norm statistics of up to 16 layers in one message (parcel)",
+    "exit": "the prediction, and levels that are too coarse to cut (exit)",
+}
 
 
 @dataclass(frozen=True)
@@ -99,6 +109,8 @@ def _page(outcome: Outcome, verdict: Verdict, circumstances: Circumstances, shel
         drift=_drift_chart(outcome, "relative error of the latents", lambda step: step.relative_error, log=True),
         drift_psnr=_drift_chart(outcome, "PSNR of the latents, dB", lambda step: step.psnr, log=False),
         seam_charts=[_seam_chart(outcome, index) for index in range(len(outcome.cuts))],
+        kinds=_KINDS,
+        traced=_traced_modes(outcome.timeline) if outcome.timeline else [],
         control=statistics.median([s for r in outcome.results for seams in r.seams for s in seams.control] or [1.0]),
     )
 
@@ -161,6 +173,27 @@ def _seam_chart(outcome: Outcome, index: int) -> str:
     marks = [Mark(border, "border") for border in cut.borders]
     lines = [Line(mean.tolist(), "bold", "mean of all seeds")]
     return chart(lines, f"pixel {word}", "jump of the error, grey levels", marks=marks)
+
+
+def _traced_modes(timeline: Timeline) -> list[dict[str, Any]]:
+    """What the page says of the calls of each mode: a typical one drawn, the shares, the longest waits."""
+    found = []
+    for mode in timeline.modes():
+        calls, typical = timeline.calls(mode), typical_call(timeline, mode)
+        waits = longest_waits(calls, _NUM_WAITS)
+        found.append({"mode": mode, "call": typical[0], "strip": strip(typical), "waits": waits, **_share_rows(calls)})
+    return found
+
+
+def _share_rows(calls: Sequence[Call]) -> dict[str, Any]:
+    """Rows of a table: for every kind of value its wait and its post, in order of what both take."""
+    found = shares(calls)
+    by_kind: dict[str, dict[str, Share]] = {}
+    for share in found[1:]:
+        by_kind.setdefault(share.kind, {})[share.what] = share
+    kinds = sorted(by_kind.items(), key=lambda item: -sum(share.share for share in item[1].values()))
+    totals = {what: sum(share.share for share in found if share.what == what) for what in (COMPUTE, WAIT, POST)}
+    return {"kinds": kinds, "totals": totals, "seconds": sum(share.seconds for share in found)}
 
 
 def _median(curves: Sequence[Sequence[float]]) -> list[float]:

@@ -109,6 +109,7 @@ def as_data(outcome: Outcome, verdict: Verdict) -> dict[str, Any]:
         "accuracy": outcome.accuracy,
         "frechet": outcome.frechet,
         "skipped": outcome.skipped,
+        "timeline": outcome.timeline.as_dict() if outcome.timeline else None,
         "borders": {str(cut.split): cut.borders for cut in outcome.cuts},
         "pictures": [_picture(result) for result in outcome.results],
         "noise_floors": [{"title": f.title, "pictures": [_picture(r) for r in f.results]} for f in outcome.floors],

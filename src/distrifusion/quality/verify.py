@@ -23,6 +23,7 @@ from distrifusion.quality.seams import Cut
 from distrifusion.runtime import devices as device_specs
 from distrifusion.runtime import source as sources
 from distrifusion.runtime.pipeline import LoadedPipeline
+from distrifusion.timeline import Timeline
 
 PLAN, REFERENCE = "plan", "one-device"
 # Seeds that are drawn again on one device, to see what is noise: enough for a magnitude.
@@ -42,6 +43,7 @@ class Task:
         scheduler: a diffusers class, None for the model's own.
         keywords: for `from_pretrained`.
         half_keywords: the same with bfloat16, to draw on one device once more; None to leave that out.
+        traced: also note what the ranks do while the plan draws the first seed.
     """
 
     source: str
@@ -53,6 +55,7 @@ class Task:
     scheduler: str | None = None
     keywords: Mapping[str, Any] = field(default_factory=dict)
     half_keywords: Mapping[str, Any] | None = None
+    traced: bool = False
 
     def prompt(self, seed: int) -> str:
         """The prompt that this seed draws."""
@@ -93,6 +96,7 @@ class Outcome:
         frechet: Frechet distances between sets of pictures of the demo model.
         skipped: what was not measured, and why.
         size: width and height of the pictures.
+        timeline: what the ranks did while the plan drew the first seed, if it was traced.
     """
 
     task: Task
@@ -104,6 +108,7 @@ class Outcome:
     frechet: Mapping[str, float]
     skipped: Mapping[str, str]
     size: tuple[int, int]
+    timeline: Timeline | None = None
 
 
 def verify(task: Task, shelf: Shelf, guard: Guard = nullcontext) -> Outcome:
@@ -120,8 +125,10 @@ def verify(task: Task, shelf: Shelf, guard: Guard = nullcontext) -> Outcome:
         Whatever loading and calling the pipeline raises.
     """
     studio = _Studio(task, shelf, guard)
+    timeline: Timeline | None = None
     with studio.loaded(task.devices, task.plan, task.threads, task.keywords) as pipe:
-        for seed, recording in studio.draw_all(pipe, task.seeds, str(task.plan)):
+        for seed, recording in studio.draw_all(pipe, task.seeds, str(task.plan), task.traced):
+            timeline = timeline or recording.timeline
             shelf.put(PLAN, seed, recording)
     gallery = Gallery() if task.is_demo else None
     networks = Networks.found()
@@ -139,6 +146,7 @@ def verify(task: Task, shelf: Shelf, guard: Guard = nullcontext) -> Outcome:
         frechet,
         {**networks.skipped, **_skipped(task, results[0])},
         shelf.picture(PLAN, task.seeds[0]).size,
+        timeline,
     )
 
 
@@ -160,14 +168,17 @@ class _Studio:
                 pipe.scheduler = getattr(diffusers, self.task.scheduler).from_config(pipe.scheduler.config)
             yield pipe
 
-    def draw_all(self, pipe: LoadedPipeline, seeds: Sequence[int], label: str) -> Iterator[tuple[int, Recording]]:
+    def draw_all(
+        self, pipe: LoadedPipeline, seeds: Sequence[int], label: str, first_traced: bool = False
+    ) -> Iterator[tuple[int, Recording]]:
         """The pictures of some seeds, one after the other."""
         facts = sources.find(self.task.source, {}).facts
         calls_back = facts is None or sources.takes_step_callback(facts.cls)
         for place, seed in enumerate(seeds, 1):
             arguments = {**self.task.arguments, "prompt": self.task.prompt(seed)}
             says = f"{label}, seed {seed} ({place}/{len(seeds)})"
-            yield seed, record(pipe, arguments, seed, says, calls_back, self.guard)
+            traced = first_traced and place == 1
+            yield seed, record(pipe, arguments, seed, says, calls_back, self.guard, traced)
 
 
 def _against_one_device(

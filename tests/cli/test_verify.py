@@ -99,7 +99,7 @@ def test_the_page_needs_nothing_else(displaced: Any) -> None:
     assert len(links.found) == 6 and all(link.startswith("data:image/webp;base64,") for link in links.found)
     assert "http" not in page and "@import" not in page and "<script" not in page
     assert "a &lt;b&gt; lake" in page and "<b>" not in page
-    assert page.count("<svg") == 3 and "2 limits missed" in page
+    assert page.count("<svg") == 5 and "2 limits missed" in page
 
 
 def test_the_demo_on_one_device_equals_itself() -> None:

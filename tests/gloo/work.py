@@ -14,11 +14,12 @@ from peft import LoraConfig
 from small_pipelines import PIPELINES, Call
 from torch.distributed.device_mesh import DeviceMesh
 
-from distrifusion import Plan, RankFailed, StepTimeout, parallelize, unparallelize
+from distrifusion import Plan, RankFailed, StepTimeout, parallelize, trace, unparallelize
 from distrifusion.denoiser import ParallelDenoiser
 from distrifusion.exchange.meeting import transport_of
 from distrifusion.exchange.shared_memory import SharedMemoryTransport
 from distrifusion.exchange.transport import Message, ProcessGroupTransport, Transport
+from distrifusion.timeline import Timeline
 from models import run_request, sdxl_unet
 
 
@@ -31,6 +32,14 @@ def draw(mesh: DeviceMesh, family: str, scheduler: str, plan: str, *calls: Call)
 def draw_fresh(mesh: DeviceMesh, family: str, scheduler: str, plan: str, *calls: Call) -> list[torch.Tensor]:
     """As `draw`, with a new pipeline for every call."""
     return [draw(mesh, family, scheduler, plan, call)[0] for call in calls]
+
+
+def draw_traced(mesh: DeviceMesh, family: str, scheduler: str, plan: str, call: Call) -> Timeline:
+    """What the ranks did in a call of a parallelized pipeline."""
+    pipe = parallelize(PIPELINES[family](scheduler), plan, mesh=mesh)
+    with trace(pipe) as timeline:
+        call(pipe, rank=mesh.get_rank())
+    return timeline
 
 
 def draw_unseeded(mesh: DeviceMesh, family: str, scheduler: str, plan: str) -> torch.Tensor:

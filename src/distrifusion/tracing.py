@@ -195,9 +195,7 @@ def _models(pipe: Any) -> dict[str, nn.Module]:
         elif isinstance(model, nn.Module):
             found[name] = model
     if not found:
-        raise ConfigError(
-            f"{type(pipe).__name__} has no denoiser to trace; it is looked for as {', '.join(_DENOISERS)}"
-        )
+        raise ConfigError(f"{type(pipe).__name__} has none of {', '.join(_DENOISERS)}, so there is nothing to trace")
     return found
 
 

@@ -18,7 +18,7 @@ from torch import nn
 from distrifusion.denoiser import ParallelDenoiser
 from distrifusion.errors import ConfigError
 from distrifusion.exchange.meeting import running_system
-from distrifusion.exchange.pool import tag_of
+from distrifusion.exchange.posted import tag_of
 from distrifusion.exchange.traced import Mark, Noted, TracedTransport
 from distrifusion.exchange.transport import Message, Transport
 from distrifusion.exchange.verbs import CallPolicy

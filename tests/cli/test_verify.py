@@ -69,7 +69,7 @@ def test_the_first_seed_is_traced(displaced: Any) -> None:
     assert set(json.loads((out / "report.json").read_text())["timeline"]["calls"]) == {"synchronous", "displaced"}
     page = (out / "index.html").read_text()
     assert page.count('<svg class="strip"') == 2 and page.count(">rank 1</text>") == 2
-    assert "Displaced: call " in page and "border rows and norm statistics of up to 16 layers" in page
+    assert "Displaced: call " in page and "keys and values (kv)" in page
 
 
 def test_the_data_holds_every_step_of_every_seed(displaced: Any) -> None:

@@ -26,7 +26,7 @@ def in_the_way(pipe: Any) -> list[Any]:
 
 
 def test_every_rank_traces_and_rank_0_gets_all() -> None:
-    ranks = Ranks(CONTROL.make(), "cfg2.patch2.displaced.w1")
+    ranks = Ranks(CONTROL.make(), "cfg2.patch2.displaced.all.w1")
     before = [in_the_way(pipe) for pipe in ranks.pipes]
 
     def draw(pipe: Any) -> tuple[torch.Tensor, Timeline]:
@@ -40,7 +40,7 @@ def test_every_rank_traces_and_rank_0_gets_all() -> None:
     drawn, timelines = zip(*ranks.world.run(lambda transport: draw(ranks.pipes[transport.rank])), strict=True)
     assert all(torch.equal(a, b) for a, b in zip(drawn, untraced, strict=True))
     assert [[rank.rank for rank in timeline.ranks] for timeline in timelines] == [[0, 1, 2, 3], [1], [2], [3]]
-    assert timelines[0].ranks[2] == timelines[2].ranks[0] and timelines[0].plan == "cfg2.patch2.displaced.w1"
+    assert timelines[0].ranks[2] == timelines[2].ranks[0] and timelines[0].plan == "cfg2.patch2.displaced.all.w1"
     for rank in timelines[0].ranks:
         assert {call.model for call in rank.calls} == {"unet", "controlnet"} and rank.uncertainty == 0
         assert [call.mode for call in rank.calls[:5]] == [SYNCHRONOUS] * 4 + [DISPLACED]

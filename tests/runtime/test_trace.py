@@ -22,7 +22,7 @@ SYNCHRONOUS_STEPS = 2
 
 @pytest.fixture(scope="module")
 def three(sdxl_folder: Path) -> Iterator[LoadedPipeline]:
-    with load(sdxl_folder, devices=["cpu"] * 3, plan="patch3.displaced.w1") as pipe:
+    with load(sdxl_folder, devices=["cpu"] * 3, plan="patch3.displaced.all.w1") as pipe:
         pipe.set_progress_bar_config(disable=True)
         yield pipe
 

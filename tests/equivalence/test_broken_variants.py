@@ -14,7 +14,7 @@ from distrifusion.exchange import verbs
 from distrifusion.exchange.codec import Codec
 from distrifusion.exchange.gathering import GatherBuffer
 from distrifusion.exchange.pool import Parcel
-from distrifusion.exchange.verbs import Exchange, Halo, Shared
+from distrifusion.exchange.verbs import Exchange, Halo, Shared, Swap
 from distrifusion.strategies import patch
 from models import moved, unet_inputs
 
@@ -79,8 +79,9 @@ def norm_that_counts_bands_not_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 def bands_joined_in_reverse(monkeypatch: pytest.MonkeyPatch) -> None:
     intact = Exchange.collect
 
-    def collect(self: Exchange, site: str, own: torch.Tensor, shapes: Any) -> dict[int, torch.Tensor]:
-        return {rank: tensor.flip(2) for rank, tensor in intact(self, site, own, shapes).items()}
+    def collect(self: Exchange, site: str, own: torch.Tensor, shapes: Any) -> Swap:
+        swap = intact(self, site, own, shapes)
+        return Swap(lambda: {rank: tensor.flip(2) for rank, tensor in swap.wait().items()})
 
     monkeypatch.setattr(Exchange, "collect", collect)
 

@@ -159,7 +159,7 @@ def test_collect_gives_the_others_tensors_and_is_never_stale() -> None:
     def call(exchange: Exchange, number: int) -> dict[int, float]:
         rank = exchange.transport.rank
         shapes = {peer: torch.Size([1]) for peer in TEAM if peer != rank}
-        return {peer: t.item() for peer, t in exchange.collect("a", small(rank, number, "a"), shapes).items()}
+        return {peer: t.item() for peer, t in exchange.collect("a", small(rank, number, "a"), shapes).wait().items()}
 
     for rank, calls in enumerate(run_calls(3 * [call])):
         assert calls[2] == {peer: small(peer, 2, "a").item() for peer in TEAM if peer != rank}
@@ -197,7 +197,10 @@ def test_one_rank_alone_gets_its_own_values() -> None:
     [
         (lambda exchange: exchange.share("a", SiteKind.NORM, torch.ones(1)).wait(), "norm of layer 'a'"),
         (lambda exchange: exchange.gather("b", SiteKind.KV, (torch.ones(1, 2, 1),), (2, 2)).wait(), "kv of layer 'b'"),
-        (lambda exchange: exchange.collect("exit", torch.ones(1), {1: torch.Size([1])}), "values of layer 'exit'"),
+        (
+            lambda exchange: exchange.collect("exit", torch.ones(1), {1: torch.Size([1])}).wait(),
+            "values of layer 'exit'",
+        ),
     ],
 )
 def test_a_wait_without_an_answer_says_what_it_was_for(ask: Callable[[Exchange], Any], named: str) -> None:

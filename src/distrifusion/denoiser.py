@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,10 +12,10 @@ from torch import nn
 
 from distrifusion.anatomy import anatomy_of
 from distrifusion.anatomy.base import AdaptiveNormSite, FilterSite, ResampleSite, Site, StackSite
-from distrifusion.errors import ConfigError, PlanError, UnsupportedModel
+from distrifusion.division import Division
+from distrifusion.errors import ConfigError, PlanError
 from distrifusion.exchange.pool import CallState, Pool
 from distrifusion.exchange.transport import Transport
-from distrifusion.exchange.verbs import Exchange
 from distrifusion.mesh import CallLayout, RankGrid
 from distrifusion.pacing import Pacing
 from distrifusion.partition import Interval, Level, partition_levels
@@ -37,7 +36,7 @@ class OpenRequest:
     slot: Hashable
 
 
-class ParallelDenoiser:
+class ParallelDenoiser(Division):
     """A diffusers denoiser whose calls are divided over the ranks of a plan.
 
     Called like the model itself, on every rank with the same arguments; every rank gets the whole prediction. A
@@ -52,21 +51,18 @@ class ParallelDenoiser:
 
     Attributes:
         needs_request: a call outside a request is refused, because nobody has made the ranks agree.
-        holders: objects for whose sake the model is divided.
 
     Raises:
         UnsupportedModel: if a layer mixes positions and has no rule.
     """
 
     def __init__(self, model: nn.Module, plan: Plan, transport: Transport, prefix: str = "") -> None:
-        self.model = model
+        super().__init__(model, transport, prefix)
+        self._anatomy = anatomy_of(model)
         self.plan = plan
-        self.prefix = prefix
-        self.exchange = Exchange(transport)
         self.pool = Pool()
         self.request: Hashable | None = None
         self.slot: Hashable = 0
-        self._anatomy = anatomy_of(model)
         self._grid = RankGrid(plan, transport.rank)
         self._pacing = Pacing(plan, self.exchange)
         self._patch = PatchStrategy(self.exchange, plan.norms)
@@ -75,76 +71,21 @@ class ParallelDenoiser:
         self._adaptive_norms = AdaptiveNormStrategy(self._patch)
         self._skip_filter = SkipFilterStrategy(self.exchange, self._patch)
         self.needs_request = False
-        self.holders: weakref.WeakSet[Any] = weakref.WeakSet()
-        self._root = Attachment()
-        self._layers = Attachment()
-        self._modules: tuple[nn.Module, ...] = ()
         self._audited = False
 
-    @classmethod
-    def dividing(cls, model: nn.Module) -> ParallelDenoiser | None:
-        """The parallel denoiser that is put on a model, None if there is none; other tools' hooks may lie around it."""
-        forward: Any = vars(model).get("forward")
-        while forward is not None:
-            owner = getattr(getattr(forward, "func", None), "__self__", None)
-            if isinstance(owner, cls) and owner.model is model:
-                return owner
-            forward = getattr(forward, "__wrapped__", None)
-        return None
-
-    def attach(self) -> None:
-        """Put the strategies on the model's layers."""
-        self._attach_layers()
-        self._root.replace(self.model, "forward", partial(partial, self.run))
-
-    def _attach_layers(self) -> None:
-        sites = self._sites()
+    def _find_sites(self) -> list[Site]:
+        sites = self._anatomy.sites(self.model)
         if self.plan.naive and any(isinstance(site, StackSite) for site in sites):
             raise PlanError(f"plan '{self.plan}': naive bands have no part of a control image; use another policy")
-        self._layers.detach()
-        self._modules = tuple(self.model.modules())
-        norms = self._adaptive_norms.attach([s for s in sites if isinstance(s, AdaptiveNormSite)], self._layers)
+        return sites
+
+    def _put_on(self, sites: Sequence[Site], layers: Attachment) -> None:
+        norms = self._adaptive_norms.attach([s for s in sites if isinstance(s, AdaptiveNormSite)], layers)
         own_rules = StackSite | FilterSite | AdaptiveNormSite | ResampleSite
-        self._patch.attach([*(s for s in sites if not isinstance(s, own_rules)), *norms], self._layers)
-        self._resample.attach([s for s in sites if isinstance(s, ResampleSite)], self._layers)
-        self._stack.attach([s for s in sites if isinstance(s, StackSite)], self._layers)
-        self._skip_filter.attach([s for s in sites if isinstance(s, FilterSite)], self._layers)
-
-    def _sites(self) -> list[Site]:
-        """What the strategies are put on; raises UnsupportedModel naming a layer that has no rule."""
-        try:
-            return [site.under(self.prefix) for site in self._anatomy.sites(self.model)]
-        except UnsupportedModel as error:
-            if not self.prefix:
-                raise
-            raise UnsupportedModel(f"{self.prefix.rstrip('.')}: {error}") from error
-
-    def detach(self) -> None:
-        """Restore the model as it was."""
-        self._root.detach()
-        self._layers.detach()
-        self._modules = ()
-
-    def check_outermost(self) -> None:
-        """Raise ConfigError if another tool has replaced the model's forward since `attach`: it must go first."""
-        owner = getattr(getattr(vars(self.model).get("forward"), "func", None), "__self__", None)
-        if owner is not self:
-            raise ConfigError(
-                f"another tool replaced the forward of {type(self.model).__name__} after it was divided (CPU offload "
-                "does); call pipe.remove_all_hooks() first"
-            )
-
-    def refresh(self) -> None:
-        """Look at the layers again: what has no rule is refused, what was added (an adapter) is attached."""
-        if self.dividing(self.model) is not self:
-            raise ConfigError(
-                f"the forward of {type(self.model).__name__} is no longer the divided one: another tool has put its "
-                "own there; undo that, or call unparallelize and parallelize again"
-            )
-        if tuple(self.model.modules()) == self._modules:
-            self._sites()
-        else:
-            self._attach_layers()
+        self._patch.attach([*(s for s in sites if not isinstance(s, own_rules)), *norms], layers)
+        self._resample.attach([s for s in sites if isinstance(s, ResampleSite)], layers)
+        self._stack.attach([s for s in sites if isinstance(s, StackSite)], layers)
+        self._skip_filter.attach([s for s in sites if isinstance(s, FilterSite)], layers)
 
     def open(self, request: Hashable) -> OpenRequest:
         """Start a request: one picture (or batch) from its first step to its last. Every rank calls it.

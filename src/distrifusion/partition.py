@@ -78,7 +78,19 @@ def partition_levels(height: int, width: int, num_levels: int, num_bands: int, s
         num_bands: number of owners, at least 1.
         split: direction of the cut.
     """
-    shapes = [(ceil(height / 2**i), ceil(width / 2**i)) for i in range(num_levels)]
+    shapes = tuple((ceil(height / 2**i), ceil(width / 2**i)) for i in range(num_levels))
+    return partition_shapes(shapes, num_bands, split)
+
+
+@lru_cache(maxsize=256)
+def partition_shapes(shapes: tuple[tuple[int, int], ...], num_bands: int, split: Split) -> tuple[Level, ...]:
+    """As `partition_levels`, for resolutions that are given.
+
+    Args:
+        shapes: height and width of every level, each half the one before, rounded up or down.
+        num_bands: number of owners, at least 1.
+        split: direction of the cut.
+    """
     sizes = [h if split is Split.ROWS else w for h, w in shapes]
     coarsest = max((i for i, size in enumerate(sizes) if size >= num_bands), default=-1)
     units = split_evenly(sizes[coarsest], num_bands) if coarsest >= 0 else ()
@@ -90,4 +102,6 @@ def partition_levels(height: int, width: int, num_levels: int, num_bands: int, s
 
 
 def _scale(units: Sequence[Interval], factor: int, size: int) -> tuple[Interval, ...]:
-    return tuple(Interval(u.start * factor, min(u.stop * factor, size)) for u in units)
+    """Intervals of a finer level, of which the last one takes what rounding has left or wants."""
+    *others, last = (Interval(u.start * factor, u.stop * factor) for u in units)
+    return (*others, Interval(last.start, size))

@@ -31,8 +31,16 @@ class Site:
         return replace(self, name=prefix + self.name)
 
 
+@dataclass(frozen=True)
 class ConvSite(Site):
-    """A 2-D convolution with a kernel larger than one position, zero padding."""
+    """A 2-D convolution with a kernel larger than one position, zero padding.
+
+    Attributes:
+        padded: rows and columns of zeros that stand after the last of its input already, put there by the layer that
+            calls it.
+    """
+
+    padded: int = 0
 
 
 class EntrySite(ConvSite):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from diffusers.models.attention_processor import Attention
@@ -32,11 +33,12 @@ from distrifusion.errors import UnsupportedModel
 _POINTWISE = (nn.Linear, nn.SiLU, nn.GELU, nn.Mish, nn.ReLU, nn.Dropout, nn.Identity, nn.LayerNorm, nn.Embedding)
 # Their own code only calls their children, adds, multiplies and reshapes.
 _CONTAINERS = {
-    "ApproximateGELU", "BasicTransformerBlock", "ControlNetModel", "CrossAttnDownBlock2D", "DownBlock2D", "FeedForward",
-    "GEGLU", "GELU", "IPAdapterAttnProcessor", "IPAdapterAttnProcessor2_0", "KAttentionBlock", "KCrossAttnDownBlock2D",
+    "ApproximateGELU", "AttnDownEncoderBlock2D", "AttnUpDecoderBlock2D", "BasicTransformerBlock", "ControlNetModel",
+    "CrossAttnDownBlock2D", "Decoder", "DownBlock2D", "DownEncoderBlock2D", "Encoder", "FeedForward", "GEGLU", "GELU",
+    "IPAdapterAttnProcessor", "IPAdapterAttnProcessor2_0", "KAttentionBlock", "KCrossAttnDownBlock2D",
     "KCrossAttnUpBlock2D", "KDownBlock2D", "KUpBlock2D", "ModuleDict", "ModuleList", "ParameterDict", "ResnetBlock2D",
     "ResnetBlockCondNorm2D", "Sequential", "Transformer2DModel", "UNet2DConditionModel", "UNetMidBlock2D",
-    "UNetMidBlock2DCrossAttn",
+    "UNetMidBlock2DCrossAttn", "UpDecoderBlock2D",
 }  # fmt: skip
 _PROCESSORS = {
     "AttnProcessor", "AttnProcessor2_0", "FusedAttnProcessor2_0", "IPAdapterAttnProcessor", "IPAdapterAttnProcessor2_0",
@@ -96,7 +98,7 @@ def _conv_site(name: str, conv: nn.Conv2d, level: int, level_out: int) -> list[S
         return []
     require(_pads_with_zeros(conv), name, conv, _PADS)
     if name.split(".")[0] == "conv_in":
-        return [EntrySite(name, conv, 0, 0)]
+        return [EntrySite(name, conv, level, level_out)]
     if ".downsamplers." in name:
         return [ConvSite(name, conv, level, level_out)]
     if ".upsamplers." in name:
@@ -154,7 +156,13 @@ def require(condition: bool, name: str, module: nn.Module, why: str) -> None:
         raise UnsupportedModel(f"layer '{name}' ({type(module).__name__}) cannot be split into bands: {why}")
 
 
-def norm_readers(model: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+def with_readers(sites: list[Site], model: nn.Module) -> list[Site]:
+    """The sites, norms with what alone reads them."""
+    readers = dict(_norm_readers(model))
+    return [replace(s, **readers[s.name]) if isinstance(s, NormSite) and s.name in readers else s for s in sites]
+
+
+def _norm_readers(model: Any) -> Iterator[tuple[str, dict[str, Any]]]:
     """By the name of a norm: the activation that alone reads it, and the convolution that alone reads that one."""
     for name, module in model.named_modules():
         if isinstance(module, ResnetBlock2D) and module.time_embedding_norm == "default":

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import nn
 
-from distrifusion.anatomy.base import BoundCall, NormSite, Site
-from distrifusion.anatomy.layers import check_call, norm_readers, sites_of
+from distrifusion.anatomy.base import BoundCall, Site
+from distrifusion.anatomy.layers import check_call, sites_of, with_readers
 from distrifusion.errors import ConfigError, UnsupportedModel
 
 # Subtrees that see the timestep, the text or labels, not the picture.
@@ -43,8 +42,7 @@ class UNetAnatomy:
             level, level_out = levels[block] if block else (0, 0)
             check_call(name, module)
             sites += sites_of(name, module, level, level_out)
-        readers = dict(norm_readers(model))
-        return [replace(s, **readers[s.name]) if isinstance(s, NormSite) and s.name in readers else s for s in sites]
+        return with_readers(sites, model)
 
     def bind(self, forward: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> BoundCall:
         bound = inspect.signature(forward).bind(*args, **kwargs).arguments
@@ -82,10 +80,9 @@ def _check_config(model: Any) -> None:
         )
 
 
-def block_levels(model: Any) -> Iterator[tuple[str, tuple[int, int]]]:
-    """Level inside each block, and the level its down- or upsampler leads to."""
-    level = 0
-    for i, block in enumerate(model.down_blocks):
+def block_levels(model: Any, level: int = 0) -> Iterator[tuple[str, tuple[int, int]]]:
+    """Level inside each block, and the level its down- or upsampler leads to; the first block is at `level`."""
+    for i, block in enumerate(getattr(model, "down_blocks", ())):
         after = level + (block.downsamplers is not None)
         yield f"down_blocks.{i}", (level, after)
         level = after

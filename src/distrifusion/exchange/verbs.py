@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -275,9 +275,11 @@ class Exchange:
         swap = self._swap(site, kind, dict.fromkeys(peers, own), dict.fromkeys(peers, own.shape), own)
         return Shared(own, previous, swap, team)
 
-    def collect(self, site: str, own: torch.Tensor, shapes: Mapping[int, torch.Size]) -> Swap:
-        """Ask for the fresh tensors of other ranks, whose shapes are given by rank; each of them gets this rank's."""
-        outgoing = dict.fromkeys(shapes, own) if own.numel() else {}
+    def collect(
+        self, site: str, own: torch.Tensor, shapes: Mapping[int, torch.Size], takers: Iterable[int] | None = None
+    ) -> Swap:
+        """Ask for the fresh tensors of other ranks, shapes given by rank; `takers` get this rank's (None: the same)."""
+        outgoing = dict.fromkeys(shapes if takers is None else takers, own) if own.numel() else {}
         return self._swap(site, None, outgoing, {r: s for r, s in shapes.items() if s.numel()}, own)
 
     def drift(self, like: torch.Tensor) -> torch.Tensor:

@@ -143,6 +143,10 @@ class PatchStrategy:
     def _rows(self, x: torch.Tensor, band: Interval) -> torch.Tensor:
         return x.narrow(self.step.dim, band.start, len(band))
 
+    def _pad(self, x: torch.Tensor, edges: tuple[int, int]) -> torch.Tensor:
+        """Zeros before the first and after the last row of the cut."""
+        return F.pad(x, (0, 0, *edges) if self.step.dim == 2 else edges)
+
     def _entry(self, site: Site, forward: Forward, x: torch.Tensor) -> torch.Tensor:
         level = self.step.levels[site.level]
         if self.is_whole(x.shape[self.step.dim], level):
@@ -151,19 +155,19 @@ class PatchStrategy:
         want = input_rows(site.module, self.step.dim, level.bands[self.step.index])
         inside = self._rows(self.step.entry, want & Interval(0, level.size))
         edges = (max(0, -want.start), max(0, want.stop - level.size))
-        padding = (0, 0, *edges) if self.step.dim == 2 else edges
-        return conv_without_padding(site.module, self.step.dim, F.pad(inside, padding))
+        return conv_without_padding(site.module, self.step.dim, self._pad(inside, edges))
 
-    def _conv(self, site: Site, forward: Forward, x: torch.Tensor) -> torch.Tensor:
+    def _conv(self, site: ConvSite, forward: Forward, x: torch.Tensor) -> torch.Tensor:
         level, level_out = self.step.levels[site.level], self.step.levels[site.level_out]
         if x is self._extended:
             self._extended = None
             return conv_without_padding(site.module, self.step.dim, x)
-        if self.is_whole(x.shape[self.step.dim], level):
+        own = x.narrow(self.step.dim, 0, x.shape[self.step.dim] - site.padded)
+        if self.is_whole(own.shape[self.step.dim], level):
             return forward(x)
         if level_out.bands is None:
-            return forward(self.gather_rows(site, x, level))
-        return conv_without_padding(site.module, self.step.dim, self._halo(site, x).extend(x))
+            return forward(self._pad(self.gather_rows(site, own, level), (0, site.padded)))
+        return conv_without_padding(site.module, self.step.dim, self._halo(site, own).extend(own))
 
     def _halo(self, site: Site, x: torch.Tensor) -> Halo:
         """Ask for the rows of x that a convolution wants of the other bands."""

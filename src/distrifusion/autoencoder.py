@@ -68,7 +68,9 @@ class ParallelCoder(Division):
         finally:
             self._calls = before
 
-    def run(self, forward: Callable[..., torch.Tensor], sample: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def run(
+        self, forward: Callable[..., torch.Tensor], sample: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
         """One call; `forward` is the model's own."""
         transport = self.exchange.transport
         team = (transport.rank,) if self._calls is Calls.ALONE else tuple(range(transport.world_size))

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from functools import partial
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -16,24 +17,32 @@ from diffusers.pipelines.pag.pag_utils import PAGMixin
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from distrifusion.denoiser import OpenRequest, ParallelDenoiser
-from distrifusion.errors import ConfigError, PlanError, RankFailed, StepTimeout, UnsupportedModel
+from distrifusion.anatomy.vae import halves_of
+from distrifusion.autoencoder import Calls, ParallelCoder
+from distrifusion.denoiser import ParallelDenoiser
+from distrifusion.division import Division
+from distrifusion.errors import ConfigError, PlanError, UnsupportedModel
 from distrifusion.exchange.meeting import transport_of
 from distrifusion.exchange.transport import Transport
-from distrifusion.plan import Plan
-from distrifusion.strategies.attach import Attachment
+from distrifusion.once import ENCODERS
+from distrifusion.plan import Plan, Split
+from distrifusion.request import Parallel, callbacks_alone, request
 
 _HANDLE = "_distrifusion"
 
 
 def parallelize(
-    pipe: DiffusionPipeline, plan: Plan | str, mesh: DeviceMesh | Transport | None = None
+    pipe: DiffusionPipeline,
+    plan: Plan | str,
+    mesh: DeviceMesh | Transport | None = None,
+    pictures: str = "all",
 ) -> DiffusionPipeline:
     """Divide the denoiser of a diffusers pipeline over the ranks of a plan, in place (DistriFusion, arXiv 2402.19481).
 
     Afterwards every rank calls the pipeline with the same arguments and gets the same result. Random numbers follow
     rank 0: its global generators and the generators passed to the call are copied to the others at the start of a run.
-    A ControlNet of the pipeline is divided too.
+    A ControlNet of the pipeline is divided too, and so is its VAE, always exactly and over all ranks, within a run;
+    prompts are encoded by rank 0 for all. What a callback decodes or encodes, its rank does alone.
 
     A pipeline that `from_pipe` made of this one shares its U-Net: call `parallelize` on it as well, with the same plan.
 
@@ -43,6 +52,8 @@ def parallelize(
         plan: a Plan or its text, such as "cfg2.patch2.displaced.w4".
         mesh: the ranks. None: the default process group, initialised by the caller. A one-dimensional DeviceMesh: its
             group. A Transport: messages of the caller's own making.
+        pictures: "all", or "first": then the pictures that a run decodes are put together on rank 0 alone, and the call
+            returns None on the other ranks. Latents all ranks get.
 
     Returns:
         The same pipeline.
@@ -51,11 +62,13 @@ def parallelize(
         PlanError: if the plan is unknown or does not fit the number of ranks.
         UnsupportedModel: if the denoiser has a layer for which there is no rule; the layer is named.
         ConfigError: if the pipeline is parallelized already, or shares a model that is divided by another plan, or no
-            process group is initialised.
+            process group is initialised, or `pictures` is something else.
 
     Every rank calls it.
     """
     plan = Plan.parse(plan)
+    if pictures not in (Calls.ALL, Calls.FIRST):
+        raise ConfigError(f"pictures={pictures!r} must be 'all' or 'first': the ranks that get them")
     if hasattr(pipe, _HANDLE):
         raise ConfigError("this pipeline is parallelized already; call unparallelize(pipe) first")
     if getattr(pipe, "unet", None) is None:
@@ -65,15 +78,19 @@ def parallelize(
     transport = shared.exchange.transport if shared else _transport(plan, mesh, pipe.device)
     plan.check_devices(transport.world_size)
     denoisers: list[ParallelDenoiser] = []
+    coders: list[ParallelCoder] = []
     try:
         for prefix, model in _divided_models(pipe).items():
             denoisers.append(_divide(model, plan, transport, prefix))
+        for prefix, model in _coders(pipe).items() if plan.num_ranks > 1 else ():
+            coders += _divide_coder(model, plan, transport, prefix)
     except BaseException:
-        _leave(denoisers, pipe)
+        _leave([*denoisers, *coders], pipe)
         raise
-    for denoiser in denoisers:
-        denoiser.holders.add(pipe)
-    setattr(pipe, _HANDLE, tuple(denoisers))
+    parallel = Parallel(tuple(denoisers), tuple(coders), Calls(pictures))
+    for division in parallel.divisions:
+        division.holders.add(pipe)
+    setattr(pipe, _HANDLE, parallel)
     pipe.__class__ = _parallel_class(type(pipe))
     return pipe
 
@@ -106,10 +123,10 @@ def unparallelize(pipe: DiffusionPipeline) -> DiffusionPipeline:
     Raises:
         ConfigError: if the pipeline is not parallelized, or another tool's hook (CPU offload) lies around the model.
     """
-    denoisers = denoisers_of(pipe)
-    for denoiser in denoisers:
-        denoiser.check_outermost()
-    _leave(denoisers, pipe)
+    divisions = _parallel_of(pipe).divisions
+    for division in divisions:
+        division.check_outermost()
+    _leave(divisions, pipe)
     delattr(pipe, _HANDLE)
     pipe.__class__ = type(pipe).__mro__[1]
     return pipe
@@ -130,10 +147,28 @@ def denoisers_of(pipe: DiffusionPipeline) -> tuple[ParallelDenoiser, ...]:
     Raises:
         ConfigError: if the pipeline is not parallelized.
     """
-    denoisers = getattr(pipe, _HANDLE, None)
-    if denoisers is None:
+    return _parallel_of(pipe).denoisers
+
+
+def coders_of(pipe: DiffusionPipeline) -> tuple[ParallelCoder, ...]:
+    """The parallel halves of a parallelized pipeline's autoencoders; none where they run whole on every rank.
+
+    Raises:
+        ConfigError: if the pipeline is not parallelized.
+    """
+    return _parallel_of(pipe).coders
+
+
+def called_alike(pipe: DiffusionPipeline) -> AbstractContextManager[None]:
+    """Within the block all ranks call the autoencoders of a parallelized pipeline alike, so they divide the work."""
+    return _parallel_of(pipe).calls(Calls.ALL)
+
+
+def _parallel_of(pipe: DiffusionPipeline) -> Parallel:
+    parallel = getattr(pipe, _HANDLE, None)
+    if parallel is None:
         raise ConfigError("this pipeline is not parallelized; call parallelize(pipe, plan) first")
-    return denoisers
+    return parallel
 
 
 def _divided_models(pipe: Any) -> dict[str, nn.Module]:
@@ -145,6 +180,31 @@ def _divided_models(pipe: Any) -> dict[str, nn.Module]:
     if all(isinstance(net, ControlNetModel) and not net.config.global_pool_conditions for net in nets):
         models |= {f"controlnet.{i}.": net for i, net in enumerate(nets)}
     return models
+
+
+def _coders(pipe: Any) -> dict[str, nn.Module]:
+    """The halves of autoencoders that are divided, by the prefix of their layers' names."""
+    return {prefix: half for name, part in pipe.components.items() for prefix, half in halves_of(name, part).items()}
+
+
+def _divide_coder(model: nn.Module, plan: Plan, transport: Transport, prefix: str) -> list[ParallelCoder]:
+    """Divide half an autoencoder, or join its division; none if it has no rule: whole on every rank it is right too."""
+    coder = _division_of(model)
+    if coder is None:
+        coder = ParallelCoder(model, Split.ROWS if plan.split is Split.ALTERNATING else plan.split, transport, prefix)
+        try:
+            coder.attach()
+        except UnsupportedModel as error:
+            if transport.rank == 0:
+                warnings.warn(f"{error}; it runs whole on every rank", stacklevel=3)
+            return []
+    assert isinstance(coder, ParallelCoder)
+    if coder.exchange.transport.world_size != transport.world_size:
+        raise ConfigError(
+            f"'{prefix.rstrip('.')}' is divided over {coder.exchange.transport.world_size} ranks for another pipeline "
+            f"that shares it; use as many ranks instead of {transport.world_size}, or call unparallelize on that one"
+        )
+    return [coder]
 
 
 def _divide(model: nn.Module, plan: Plan, transport: Transport, prefix: str) -> ParallelDenoiser:
@@ -159,7 +219,8 @@ def _divide(model: nn.Module, plan: Plan, transport: Transport, prefix: str) -> 
         denoiser = ParallelDenoiser(model, plan, transport, prefix)
         denoiser.attach()
         denoiser.needs_request = plan.num_ranks > 1
-    elif denoiser.plan != plan:
+    assert isinstance(denoiser, ParallelDenoiser)
+    if denoiser.plan != plan:
         raise ConfigError(
             f"{type(model).__name__} is divided by plan '{denoiser.plan}' for another pipeline that shares it; use "
             f"that plan instead of '{plan}', or call unparallelize on the other pipeline first"
@@ -167,22 +228,22 @@ def _divide(model: nn.Module, plan: Plan, transport: Transport, prefix: str) -> 
     return denoiser
 
 
-def _division_of(model: nn.Module) -> ParallelDenoiser | None:
+def _division_of(model: nn.Module) -> Division | None:
     """The division that a model has for another pipeline; one whose pipelines are all gone is undone."""
-    denoiser = ParallelDenoiser.dividing(model)
-    if denoiser is None or denoiser.holders:
-        return denoiser
-    denoiser.check_outermost()
-    denoiser.detach()
+    division = Division.dividing(model)
+    if division is None or division.holders:
+        return division
+    division.check_outermost()
+    division.detach()
     return None
 
 
-def _leave(denoisers: Sequence[ParallelDenoiser], pipe: DiffusionPipeline) -> None:
+def _leave(divisions: Sequence[Division], pipe: DiffusionPipeline) -> None:
     """Restore the models that no other pipeline holds."""
-    for denoiser in denoisers:
-        denoiser.holders.discard(pipe)
-        if not denoiser.holders:
-            denoiser.detach()
+    for division in divisions:
+        division.holders.discard(pipe)
+        if not division.holders:
+            division.detach()
 
 
 def _transport(plan: Plan, mesh: DeviceMesh | Transport | None, device: torch.device) -> Transport:
@@ -219,78 +280,33 @@ def _parallel_class(base: type[DiffusionPipeline]) -> type[DiffusionPipeline]:
     """A subclass under the same name whose calls are requests of the parallel denoiser."""
 
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with _request(self, args, kwargs):
-            return base.__call__(self, *args, **kwargs)
+        parallel = _parallel_of(self)
+        _refresh(self, parallel)
+        with request(self, parallel, args, kwargs):
+            result = base.__call__(self, *args, **callbacks_alone(parallel, kwargs))
+            return None if parallel.withheld and parallel.transport.rank > 0 else result
+
+    def shared(encode: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(encode)
+        def encode_shared(self: Any, *args: Any, **kwargs: Any) -> Any:
+            return _parallel_of(self).encode(self, partial(encode, self, *args, **kwargs))
+
+        return encode_shared
 
     names = {"__call__": __call__, "__module__": base.__module__, "__qualname__": base.__qualname__}
     __call__.__doc__, __call__.__wrapped__ = base.__call__.__doc__, base.__call__  # type: ignore[attr-defined]
+    names |= {name: shared(getattr(base, name)) for name in ENCODERS if hasattr(base, name)}
     return type(base.__name__, (base,), names)
 
 
-_requests = itertools.count()
-
-
-@contextmanager
-def _request(pipe: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
-    """One run of the pipeline: agreed random numbers, one request, the scheduler's steps counted."""
-    denoisers = denoisers_of(pipe)
-    for denoiser, model in itertools.zip_longest(denoisers, _divided_models(pipe).values()):
-        if denoiser is None or denoiser.model is not model:
+def _refresh(pipe: Any, parallel: Parallel) -> None:
+    """Look at the models again before a run; raises ConfigError if one was replaced."""
+    halves = _coders(pipe)
+    models = [*_divided_models(pipe).values(), *(halves.get(coder.prefix) for coder in parallel.coders)]
+    for division, model in itertools.zip_longest(parallel.divisions, models):
+        if division is None or division.model is not model:
             raise ConfigError(
-                "the unet or controlnet of this pipeline was replaced after parallelize (torch.compile does that too); "
-                "call unparallelize(pipe), then parallelize(pipe, plan)"
+                "the unet, controlnet or vae of this pipeline was replaced after parallelize (torch.compile does that "
+                "too); call unparallelize(pipe), then parallelize(pipe, plan)"
             )
-        denoiser.refresh()
-    agree_on_randomness(denoisers[0].exchange.transport, pipe._execution_device, _generators(args, kwargs))
-    steps = Attachment()
-    steps.replace(pipe.scheduler, "step", partial(_counted, denoisers))
-    request = next(_requests)
-    # A callback may run another pipeline that shares the models: its request lies within this one.
-    around = [denoiser.open(request) for denoiser in denoisers]
-    try:
-        yield
-    except BaseException:
-        # What other ranks sent is taken in, so that no later run finds it; why that may fail is the error at hand.
-        with suppress(RankFailed, StepTimeout):
-            _close(denoisers, around)
-        raise
-    else:
-        _close(denoisers, around)
-    finally:
-        steps.detach()
-
-
-def _close(denoisers: Sequence[ParallelDenoiser], around: list[OpenRequest]) -> None:
-    for denoiser, before in zip(denoisers, around, strict=True):
-        denoiser.close(before)
-
-
-def _counted(denoisers: Sequence[ParallelDenoiser], step: Callable[..., Any]) -> Callable[..., Any]:
-    """A scheduler's step after which the denoisers' next calls are the first of their scheduler step again."""
-
-    def step_and_reset(*args: Any, **kwargs: Any) -> Any:
-        for denoiser in denoisers:
-            denoiser.slot = 0
-        return step(*args, **kwargs)
-
-    return step_and_reset
-
-
-def _generators(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Generator]:
-    found: list[torch.Generator] = []
-    for value in (*args, *kwargs.values()):
-        found += [g for g in (value if isinstance(value, list | tuple) else [value]) if isinstance(g, torch.Generator)]
-    return found
-
-
-def agree_on_randomness(transport: Transport, device: torch.device, generators: list[torch.Generator]) -> None:
-    """Copy rank 0's random state to the other ranks: the global generators and those given. Every rank calls it."""
-    if transport.world_size == 1:
-        return
-    accessors: list[tuple[Callable[[], Any], Callable[[Any], Any]]] = [(torch.get_rng_state, torch.set_rng_state)]
-    if device.type == "cuda":
-        accessors.append((lambda: torch.cuda.get_rng_state(device), lambda s: torch.cuda.set_rng_state(s, device)))
-    accessors += [(g.get_state, g.set_state) for g in generators]
-    states = transport.broadcast([get() for get, _ in accessors])
-    for (_, put), state in zip(accessors, states, strict=True):
-        put(state)
+        division.refresh()

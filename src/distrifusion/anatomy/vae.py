@@ -70,6 +70,12 @@ class DecoderAnatomy:
 CoderAnatomy = EncoderAnatomy | DecoderAnatomy
 
 
+def halves_of(name: str, component: Any) -> dict[str, nn.Module]:
+    """The halves of a pipeline's component that have an anatomy here, by the prefix of their layers' names."""
+    halves = {f"{name}.{half}.": getattr(component, half, None) for half in ("encoder", "decoder")}
+    return {prefix: half for prefix, half in halves.items() if isinstance(half, Encoder | Decoder)}
+
+
 def coder_anatomy_of(model: nn.Module) -> CoderAnatomy:
     """The anatomy of half an autoencoder.
 

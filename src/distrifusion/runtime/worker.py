@@ -25,7 +25,7 @@ import torch.distributed as dist
 import transformers
 
 from distrifusion.exchange.meeting import transport_of
-from distrifusion.in_place import parallelize
+from distrifusion.in_place import called_alike, parallelize
 from distrifusion.runtime import attributes, randomness
 from distrifusion.runtime.board import Board
 from distrifusion.runtime.cancelling import BoardAgreement, Boundaries
@@ -142,7 +142,10 @@ class Worker:
         facts = facts_of(pipe)
         assert dist.group.WORLD is not None, "initialised above"
         transport = transport_of(dist.group.WORLD, self.device)
-        self.pipe = parallelize(pipe, op.plan, CountedTransport(transport, partial(self.board.count, self.rank)))
+        counted = CountedTransport(transport, partial(self.board.count, self.rank))
+        # A pipeline of somebody's own may go on after it has decoded, and then every rank needs the picture.
+        pictures = "first" if facts.cls.__module__.startswith("diffusers.") else "all"
+        self.pipe = parallelize(pipe, op.plan, counted, pictures)
         self.pipe.progress_bar = WatchedBars(partial(RelayedBar, self.line, self.rank), self.boundaries)
         return facts
 
@@ -191,7 +194,8 @@ class Worker:
     def _invoke(self, op: Invoke, request: int, generators: Generators) -> tuple[Value | Same, randomness.Randomness]:
         randomness.restore(op.randomness, self.device, {})
         owner = attributes.resolve(self.pipe, op.path.rpartition(".")[0])
-        value = attributes.resolve(self.pipe, op.path)(*op.args, **op.kwargs)
+        with called_alike(self.pipe):
+            value = attributes.resolve(self.pipe, op.path)(*op.args, **op.kwargs)
         answer = Same() if value is owner else Value(value if self.rank == 0 else None)
         return answer, randomness.capture(self.device, generators)
 

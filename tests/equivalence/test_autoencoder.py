@@ -25,7 +25,9 @@ from distrifusion.autoencoder import Calls, ParallelCoder
 from distrifusion.errors import UnsupportedModel
 from distrifusion.exchange.verbs import Exchange
 from distrifusion.exchange.virtual import VirtualTransport, VirtualWorld
+from distrifusion.partition import Interval
 from distrifusion.plan import Split
+from distrifusion.strategies import patch
 from models import relative_error, share_weights
 
 Work = Callable[[AutoencoderKL], torch.Tensor]
@@ -112,6 +114,23 @@ def test_other_attention_and_memory_format_equal_one_device(change: Callable[[Au
     vae = sd_vae()
     change(vae)
     assert max(errors(vae, 3, *works(vae, 1, 11, 6))) <= EXACT
+
+
+@pytest.mark.parametrize("split", [Split.ROWS, Split.COLUMNS])
+def test_convolutions_in_strips_equal_one_device(split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As at sizes that no test can afford; strips of one row are among them."""
+    vae, lengths = sd_vae(), set()
+    intact = patch.split_evenly
+
+    def strips(total: int, parts: int) -> tuple[Interval, ...]:
+        cut = intact(total, parts)
+        lengths.update(map(len, cut))
+        return cut
+
+    monkeypatch.setattr(patch, "split_evenly", strips)
+    monkeypatch.setattr(patch, "_STRIP_BYTES", 4096)
+    assert max(errors(vae, 3, *works(vae, 1, 10, 6, (1, 3)), split=split)) <= EXACT
+    assert {1, 2, 3} <= lengths
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -246,7 +265,7 @@ def test_the_zeros_below_the_picture_are_not_rows_of_a_band(monkeypatch: pytest.
     assert errors(sd_vae(), 2, work)[0] <= EXACT
     intact = anatomy.replace
     monkeypatch.setattr(anatomy, "replace", lambda site, **_: intact(site, padded=0))
-    with pytest.raises(RuntimeError, match="size of tensor"):
+    with pytest.raises(RuntimeError, match="Kernel size"):
         errors(sd_vae(), 2, work)
 
 

@@ -19,6 +19,7 @@ from distrifusion.denoiser import ParallelDenoiser
 from distrifusion.exchange.meeting import transport_of
 from distrifusion.exchange.shared_memory import SharedMemoryTransport
 from distrifusion.exchange.transport import Message, ProcessGroupTransport, Transport
+from distrifusion.once import encode_once
 from distrifusion.timeline import Timeline
 from models import run_request, sdxl_unet
 
@@ -165,6 +166,21 @@ def broadcast_words(mesh: DeviceMesh, kind: str) -> list[str]:
     """What a broadcast gives, twice."""
     transport = transport_over(kind, mesh.get_group())
     return [transport.broadcast(f"{word} of {transport.rank}") for word in ("first", "second")]
+
+
+def paint(mesh: DeviceMesh, plan: str, pictures: str, call: Call) -> Any:
+    """The picture of a call, None on a rank that gets none."""
+    pipe = parallelize(PIPELINES["sdxl"]("euler"), plan, mesh=mesh, pictures=pictures)
+    given = {**call.arguments, "output_type": "pt", "generator": torch.Generator().manual_seed(call.seed)}
+    output = pipe("a calm lake", **given)
+    return None if output is None else output.images
+
+
+def encode_noise(mesh: DeviceMesh) -> tuple[torch.Tensor, torch.Tensor]:
+    """Noise drawn where prompts are encoded, and what is drawn next; every rank begins with a seed of its own."""
+    torch.manual_seed(mesh.get_rank())
+    transport = transport_of(mesh.get_group(), torch.device("cpu"))
+    return encode_once(transport, torch.device("cpu"), lambda: torch.randn(3)), torch.rand(3)
 
 
 def predict(mesh: DeviceMesh, kind: str, plan: str, steps: list[dict[str, Any]]) -> list[torch.Tensor]:

@@ -103,10 +103,15 @@ def on_order(chance: random.Random, pipe: SpawnedPipeline, order: Path, expected
     fault = chance.choice([*ERRORS, "raise", "memory", "kill", "stop"])
     if (place, fault) == ("setting", "hang"):
         fault = "stop"  # a setting may take as long as a start
-    what = Order(fault, place, chance.randrange(NUM_RANKS), chance.randrange(NUM_STEPS) if in_loop else 0)
+    # Rank 0 encodes the text for all.
+    rank = 0 if place == "text" else chance.randrange(NUM_RANKS)
+    what = Order(fault, place, rank, chance.randrange(NUM_STEPS) if in_loop else 0)
     give(order, what)
     error = outcome(pipe.vae.enable_tiling if place == "setting" else lambda: draw(pipe))
     order.unlink()
+    if (place, fault) == ("text", "raise"):
+        assert type(error) is LookupError, (what, error)
+        return fault
     assert type(error) is ERRORS[fault], (what, error)
     assert (error.rank, error.step) == (what.rank, what.passed if in_loop else None), (what, error)
     return fault

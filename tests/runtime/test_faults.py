@@ -55,8 +55,8 @@ def draw(pipe: SpawnedPipeline, **arguments: Any) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("what", "error", "says", "step"),
     [
-        (Order("raise", "text"), *RAISED, None),
-        (Order("kill", "text"), *KILLED, None),
+        (Order("kill", "text", rank=0), RankFailed, "rank 0 was ended by SIGKILL {}", None),
+        (Order("memory", "text", rank=0), OutOfMemory, "rank 0 ran out of memory {}", None),
         (Order("raise", "loop", passed=2), *RAISED, 2),
         (Order("memory", "middle", passed=2), *MEMORY, 2),
         (Order("kill", "loop", passed=2), *KILLED, 2),
@@ -84,11 +84,23 @@ def test_one_rank_ends_the_call_and_not_the_pipeline(
     order.unlink()
     with pytest.raises(error, match=says.format(OUTSIDE if step is None else f"in step {step}")):
         raise answer
-    assert (answer.rank, answer.step) == (1, step)
+    assert (answer.rank, answer.step) == (what.rank, step)
     if (what.fault, what.place) == ("kill", "loop"):
         assert re.search("of layer '.+'", answer.exchange) and answer.exchange in str(answer)
     assert pipe.pids == () and gone_within(pids, 10)
     assert torch.equal(draw(pipe), expected)
+
+
+def test_an_error_of_the_rank_that_encodes_the_text_is_the_error_of_all(
+    pipe: SpawnedPipeline, order: Path, expected: torch.Tensor
+) -> None:
+    draw(pipe)
+    pids = pipe.pids
+    give(order, Order("raise", "text", rank=0))
+    answer = outcome(lambda: draw(pipe))
+    order.unlink()
+    assert type(answer) is LookupError and str(answer) == "of this rank"
+    assert torch.equal(draw(pipe), expected) and pipe.pids == pids
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -75,7 +75,8 @@ class ProcessGroupTransport:
 
     def broadcast(self, value: Any) -> Any:
         box = [value]
-        dist.broadcast_object_list(box, src=dist.get_global_rank(self._group, 0), group=self._group)
+        with _typed_errors(self.rank, 0 if self.rank else None):
+            dist.broadcast_object_list(box, src=dist.get_global_rank(self._group, 0), group=self._group)
         return box[0]
 
 

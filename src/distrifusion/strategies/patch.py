@@ -18,12 +18,15 @@ from torch import nn
 from distrifusion.anatomy.base import AttentionSite, ConvSite, EntrySite, NormSite, Site, UpsampleSite
 from distrifusion.errors import UnsupportedModel
 from distrifusion.exchange.verbs import Exchange, Gathered, Halo
-from distrifusion.partition import Interval, Level
+from distrifusion.partition import Interval, Level, split_evenly
 from distrifusion.plan import Norms, SiteKind, Split
 from distrifusion.strategies.attach import Attachment
 from distrifusion.strategies.moments import Affine, corrected_moments, local_moments, merge_moments
 
 Forward = Callable[..., torch.Tensor]
+
+# Input bytes up to which a convolution runs in one piece.
+_STRIP_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -162,7 +165,7 @@ class PatchStrategy:
         if x is self._extended:
             self._extended = None
             return conv_without_padding(site.module, self.step.dim, x)
-        own = x.narrow(self.step.dim, 0, x.shape[self.step.dim] - site.padded)
+        own = x.narrow(self.step.dim, 0, x.shape[self.step.dim] - site.padded) if site.padded else x
         if self.is_whole(own.shape[self.step.dim], level):
             return forward(x)
         if level_out.bands is None:
@@ -333,8 +336,24 @@ def _room(x: torch.Tensor, length: int, dim: int) -> torch.Tensor:
 
 
 def conv_without_padding(conv: nn.Module, dim: int, x: torch.Tensor) -> torch.Tensor:
-    """A convolution whose padding along the cut is already part of x."""
+    """A convolution whose padding along the cut is already part of x [B, C, H, W]; a large one in strips of rows.
+
+    On CPU the kernel copies its whole input and output into a layout of its own: at the last resolutions of a VAE that
+    is more memory than all else.
+    """
     assert isinstance(conv, nn.Conv2d)
     padding = [int(p) for p in conv.padding]
     padding[dim - 2] = 0
-    return F.conv2d(x, conv.weight, conv.bias, conv.stride, padding, conv.dilation, conv.groups)
+    run = partial(F.conv2d, weight=conv.weight, bias=conv.bias, stride=conv.stride, padding=tuple(padding))
+    run = partial(run, dilation=conv.dilation, groups=conv.groups)
+    if x.device.type != "cpu" or x.nbytes <= _STRIP_BYTES or torch.is_grad_enabled():
+        return run(x)
+    stride, _, extent = _reach(conv, dim)
+    num_out = (x.shape[dim] - extent) // stride + 1
+    out: torch.Tensor | None = None
+    for strip in split_evenly(num_out, min(num_out, -(-x.nbytes // _STRIP_BYTES))):
+        part = run(x.narrow(dim, strip.start * stride, (len(strip) - 1) * stride + extent))
+        out = _room(part, num_out, dim) if out is None else out
+        out.narrow(dim, strip.start, len(strip)).copy_(part)
+    assert out is not None
+    return out

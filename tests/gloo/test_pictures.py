@@ -15,7 +15,7 @@ CALL = Call({"height": 200, "width": 136, "num_inference_steps": 2})
 
 
 @pytest.fixture(scope="module")
-def alone() -> torch.Tensor:
+def plain_picture() -> torch.Tensor:
     generator = torch.Generator().manual_seed(CALL.seed)
     return PIPELINES["sdxl"]("euler")("a calm lake", **CALL.arguments, output_type="pt", generator=generator).images
 
@@ -23,9 +23,11 @@ def alone() -> torch.Tensor:
 @pytest.mark.supports("feature", "pictures on the first rank only")
 @pytest.mark.parametrize("plan", ["patch3", "cfg2.patch2"])
 @pytest.mark.parametrize("pictures", ["all", "first"])
-def test_a_picture_equals_the_plain_pipelines(gloo: GlooWorld, alone: torch.Tensor, plan: str, pictures: str) -> None:
+def test_a_picture_equals_the_plain_pipelines(
+    gloo: GlooWorld, plain_picture: torch.Tensor, plan: str, pictures: str
+) -> None:
     first, *others = gloo.run(paint, plan, pictures, CALL, ranks=3 if plan == "patch3" else 4)
-    assert relative_error(first, alone) <= EXACT
+    assert relative_error(first, plain_picture) <= EXACT
     assert all(other is None if pictures == "first" else torch.equal(other, first) for other in others)
 
 

@@ -13,7 +13,7 @@ import torch
 from diffusers import AutoencoderTiny, DiffusionPipeline
 from families import PIPELINES, build, picture
 from ranks import EXACT, Ranks, own_copy
-from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from distrifusion import ConfigError, RankFailed, parallelize, unparallelize
 from distrifusion.exchange.virtual import VirtualTransport, VirtualWorld
@@ -231,13 +231,9 @@ def test_an_image_prompt_is_encoded_by_the_first_rank_for_all() -> None:
     vision = CLIPVisionConfig(**sizes, projection_dim=10, image_size=32, patch_size=16)
     unet = sdxl_unet(**SDXL_BLOCKS)
     unet._load_ip_adapter_weights([image_prompt(unet)], low_cpu_mem_usage=False)
-    parts = {
-        "unet": unet,
-        "image_encoder": perturb(CLIPVisionModelWithProjection(vision)),
-        "feature_extractor": CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}),
-    }
-    pipe = build(type(TEXT.make()), "sdxl", **parts)
-    prompt = {"ip_adapter_image": picture(64, 48)}
+    encoder = perturb(CLIPVisionModelWithProjection(vision))
+    pipe = build(type(TEXT.make()), "sdxl", unet=unet, image_encoder=encoder)
+    prompt = {"ip_adapter_image": picture(32, 32)}
     reference = TEXT(own_copy(pipe), **prompt)
     ranks = Ranks(pipe, "patch2")
     calls = ranks.each(lambda own: count_calls(own, "image_encoder"))

@@ -102,7 +102,7 @@ def test_a_compiled_unet_is_refused_before_and_after(pipe: DiffusionPipeline) ->
 def test_a_replaced_controlnet_is_named_and_a_new_division_takes_it() -> None:
     pipe = divide(own_copy(CONTROL.make()))
     pipe.controlnet = own_copy(CONTROL.make()).controlnet
-    with pytest.raises(ConfigError, match="controlnet of this pipeline was replaced"):
+    with pytest.raises(ConfigError, match="controlnet or vae of this pipeline was replaced"):
         CONTROL(pipe)
     divide(unparallelize(pipe))
     assert "forward" in vars(pipe.controlnet)

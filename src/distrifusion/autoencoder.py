@@ -101,7 +101,7 @@ class ParallelCoder(Division):
         own = own.contiguous()
         wanted = {r: place.shape for r, place in places.items() if r != rank and (not first_only or rank == 0)}
         takers = [r for r in team if r != rank and (not first_only or r == 0)]
-        received = self.exchange.collect(f"{self.prefix}exit", own, wanted, takers)
+        received = self.exchange.collect(f"{self.prefix}exit", own, wanted, takers).wait()
         if not first_only or rank == 0:
             for r, place in places.items():
                 place.copy_(own if r == rank else received[r])

@@ -13,6 +13,7 @@ from diffusers.models.attention_processor import AttnProcessor
 from division import EXACT
 from test_broken_variants import (
     Break,
+    bands_joined_in_reverse,
     halo_from_the_wrong_side,
     halo_of_zeros,
     local_keys_and_values,
@@ -23,7 +24,6 @@ from test_broken_variants import (
 from distrifusion.anatomy import vae as anatomy
 from distrifusion.autoencoder import Calls, ParallelCoder
 from distrifusion.errors import UnsupportedModel
-from distrifusion.exchange.verbs import Exchange
 from distrifusion.exchange.virtual import VirtualTransport, VirtualWorld
 from distrifusion.partition import Interval
 from distrifusion.plan import Split
@@ -229,15 +229,6 @@ def test_detaching_restores_every_attribute_and_the_bits() -> None:
         assert torch.equal(decode(vae), references[0]) and torch.equal(encode(vae), references[1])
 
 
-def bands_shifted(monkeypatch: pytest.MonkeyPatch) -> None:
-    intact = Exchange.collect
-
-    def collect(self: Exchange, *args: Any, **kwargs: Any) -> dict[int, torch.Tensor]:
-        return {rank: tensor.roll(1, 2) for rank, tensor in intact(self, *args, **kwargs).items()}
-
-    monkeypatch.setattr(Exchange, "collect", collect)
-
-
 @pytest.mark.parametrize("half", ["decode", "encode"])
 @pytest.mark.parametrize(
     "spoil",
@@ -247,7 +238,7 @@ def bands_shifted(monkeypatch: pytest.MonkeyPatch) -> None:
         local_keys_and_values,
         local_norm,
         norm_that_counts_bands_not_rows,
-        bands_shifted,
+        bands_joined_in_reverse,
     ],
 )
 def test_the_gate_sees(

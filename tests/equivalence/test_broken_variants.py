@@ -79,8 +79,8 @@ def norm_that_counts_bands_not_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 def bands_joined_in_reverse(monkeypatch: pytest.MonkeyPatch) -> None:
     intact = Exchange.collect
 
-    def collect(self: Exchange, site: str, own: torch.Tensor, shapes: Any) -> Swap:
-        swap = intact(self, site, own, shapes)
+    def collect(self: Exchange, *args: Any) -> Swap:
+        swap = intact(self, *args)
         return Swap(lambda: {rank: tensor.flip(2) for rank, tensor in swap.wait().items()})
 
     monkeypatch.setattr(Exchange, "collect", collect)

@@ -45,6 +45,7 @@ def test_a_forecast_of_nothing_is_the_plain_stale_value(sdxl: UNet2DConditionMod
     assert all(torch.equal(a, b) for a, b in zip(zero, plain, strict=True))
 
 
+@pytest.mark.supports("plan", "patch<N>.displaced.forecast")
 @pytest.mark.parametrize("plan", ["patch3.displaced.forecast", "cfg2.patch2.displaced.all.forecast100"])
 def test_values_that_stand_still_are_exact_under_a_forecast(sdxl: UNet2DConditionModel, plan: str) -> None:
     x = unet_inputs(sdxl, 2, 26, 24)
@@ -75,6 +76,7 @@ def test_a_forecast_follows_the_solvers_time(sdxl: UNet2DConditionModel) -> None
 # Resynchronisation
 
 
+@pytest.mark.supports("plan", "patch<N>.displaced.resync<percent>")
 def test_a_bound_of_zero_makes_every_call_synchronous(sdxl: UNet2DConditionModel) -> None:
     assert max(errors(sdxl, "patch3.displaced.resync0", walk(sdxl, 4))) <= EXACT
 
@@ -121,12 +123,14 @@ def test_full_precision_is_exact(sdxl: UNet2DConditionModel, plan: str) -> None:
     assert max(errors(sdxl, plan, [x, moved(x), moved(x, seed=1)])) <= EXACT
 
 
+@pytest.mark.supports("plan", "patch<N>.displaced.delta<bits>")
 @pytest.mark.parametrize("words", ["forecast", "all", "halo"])
 def test_full_precision_codes_of_a_displaced_plan_change_nothing(sdxl: UNet2DConditionModel, words: str) -> None:
     steps = walk(sdxl, 5)
     assert max(plans(sdxl, f"patch3.displaced.{words}.delta32.w1", f"patch3.displaced.{words}.w1", steps)) <= EXACT
 
 
+@pytest.mark.supports("plan", "patch<N>.delta<bits>")
 @pytest.mark.parametrize("plan", ["patch3", "patch2.columns", "cfg2.patch3"])
 @pytest.mark.parametrize("bits", BITS)
 def test_the_first_call_is_exact_and_more_bits_are_nearer(sdxl: UNet2DConditionModel, plan: str, bits: int) -> None:

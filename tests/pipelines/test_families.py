@@ -36,6 +36,7 @@ def test_a_synchronous_run_equals_one_device(name: str) -> None:
         assert Ranks(pipe, plan).error(case, reference) <= EXACT, plan
 
 
+@pytest.mark.supports("plan", "patch<N>.displaced")
 @each_case()
 def test_a_displaced_run_comes_close(name: str) -> None:
     case: Case = CASES[name]

@@ -11,8 +11,9 @@ import torch
 
 from distrifusion.exchange.codec import Codec
 from distrifusion.exchange.gathering import Sending, Weight
+from distrifusion.exchange.handles import Swap
 from distrifusion.exchange.pool import CallState
-from distrifusion.exchange.verbs import CallPolicy, Exchange, Swap
+from distrifusion.exchange.verbs import CallPolicy, Exchange
 from distrifusion.plan import CODED_BITS, Norms, Plan, SiteKind
 
 _MOST_STEPS = 2.0  # a forecast goes no further than this many times the last step

@@ -113,7 +113,7 @@ class Plan:
         if self.frozen and not self.stale:
             raise PlanError("frozen needs kinds that are not renewed; name some in stale")
         if self.norms is not Norms.CORRECTED and SiteKind.NORM not in self.stale:
-            raise PlanError(f"'{self.norms}' says what norms do with stale statistics; let 'norm' be stale, or drop it")
+            raise PlanError(f"'{self.norms}' says what norms do with stale statistics; use 'displaced.all', or drop it")
         if self.split is Split.ALTERNATING and not self.naive:
             raise PlanError("alternating bands have no values to use again; add naive, or choose rows or columns")
         self._check_knobs()

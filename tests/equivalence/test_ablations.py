@@ -11,7 +11,7 @@ from division import EXACT, errors, on_ranks, predictions
 
 from distrifusion import Plan, PlanError
 from distrifusion.denoiser import ParallelDenoiser
-from distrifusion.exchange.verbs import Shared
+from distrifusion.exchange.handles import Shared
 from models import band_by_band, moved, relative_error, run_request, unet_inputs
 
 VARIANTS = (

@@ -13,8 +13,9 @@ from division import EXACT, errors
 from distrifusion.exchange import verbs
 from distrifusion.exchange.codec import Codec
 from distrifusion.exchange.gathering import GatherBuffer
+from distrifusion.exchange.handles import Halo, Shared, Swap
 from distrifusion.exchange.pool import Parcel
-from distrifusion.exchange.verbs import Exchange, Halo, Shared, Swap
+from distrifusion.exchange.verbs import Exchange
 from distrifusion.strategies import patch
 from models import moved, unet_inputs
 

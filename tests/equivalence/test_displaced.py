@@ -11,7 +11,8 @@ from diffusers import UNet2DConditionModel
 from division import EXACT, errors, predictions
 
 from distrifusion import Plan
-from distrifusion.exchange.verbs import Exchange, Halo
+from distrifusion.exchange.handles import Halo
+from distrifusion.exchange.verbs import Exchange
 from distrifusion.plan import SiteKind
 from models import band_by_band, moved, relative_error, unet_inputs
 

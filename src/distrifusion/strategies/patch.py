@@ -17,7 +17,8 @@ from torch import nn
 
 from distrifusion.anatomy.base import AttentionSite, ConvSite, EntrySite, NormSite, Site, UpsampleSite
 from distrifusion.errors import UnsupportedModel
-from distrifusion.exchange.verbs import Exchange, Gathered, Halo
+from distrifusion.exchange.handles import Gathered, Halo
+from distrifusion.exchange.verbs import Exchange
 from distrifusion.partition import Interval, Level, split_evenly
 from distrifusion.plan import Norms, SiteKind, Split
 from distrifusion.strategies.attach import Attachment

@@ -30,7 +30,7 @@ class Calls(StrEnum):
 
     ALONE = "alone"  # each rank for itself: nothing is exchanged
     ALL = "all"  # all ranks alike, and all get the result
-    FIRST = "first"  # all ranks alike, and rank 0 alone gets the picture; the others get zeros in its place
+    FIRST = "first"  # all ranks alike, and rank 0 alone gets a picture; the others get zeros in its place, and latents
 
 
 class ParallelCoder(Division):
@@ -94,7 +94,8 @@ class ParallelCoder(Division):
         """The whole result from every rank's band."""
         if level.bands is None or len(team) == 1:
             return own
-        rank, first_only = self.exchange.transport.rank, self._calls is Calls.FIRST
+        rank = self.exchange.transport.rank
+        first_only = self._calls is Calls.FIRST and self._anatomy.gives_pictures
         self.withheld |= first_only
         full = own.new_zeros(*own.shape[:2], level.height, level.width)
         places = {r: _place(full, level, band) for r, band in zip(team, level.bands, strict=True)}

@@ -181,7 +181,7 @@ class Plan:
             words.append("forecast" if self.forecast == DEFAULT_FORECAST else f"forecast{self.forecast}")
         if self.resync is not None:
             words.append(f"resync{self.resync}")
-        if not self.exact:
+        if not self.exact or self.delta is not None:
             words.append(f"w{self.warmup}")
         return ".".join(words)
 

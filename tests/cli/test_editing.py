@@ -120,7 +120,7 @@ def test_a_preview_is_decoded_every_few_steps_and_written_by_rank_0(tmp_path: Pa
 def test_a_picture_keeps_its_size_unless_one_is_typed(files: Path, typed: str | None, size: tuple[int, int]) -> None:
     wish = Wish("demo", None, None, typed, None, "float32", {"prompt": "a", "num_inference_steps": 4})
     edit = Edit.of(files / "image.png", files / "mask.png", 0.5)
-    arguments = Order(wish, edit, seed=0, lora=None, preview=None).arguments()
+    arguments = Order(wish, edit, seed=0, lora=None, preview=None, trace=None).arguments()
     assert arguments["image"].size == arguments["mask_image"].size == (arguments["width"], arguments["height"]) == size
 
 

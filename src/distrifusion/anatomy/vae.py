@@ -22,6 +22,8 @@ _TAILS = ("conv_norm_out", "conv_act", "conv_out")
 class EncoderAnatomy:
     """Facts about Encoder: from pixels (level 0) to latents."""
 
+    gives_pictures = False
+
     def entry(self, model: Any) -> int:
         """Level of the input."""
         return 0
@@ -45,6 +47,8 @@ class EncoderAnatomy:
 
 class DecoderAnatomy:
     """Facts about Decoder: from latents to pixels (level 0)."""
+
+    gives_pictures = True
 
     def entry(self, model: Any) -> int:
         """Level of the input."""

@@ -39,6 +39,9 @@ _TRACE = 0.5
 _SERVE = "from distrifusion.runtime.fork_server import main; main()"
 # Seconds in which the fork server, which has nothing else to do, kills the ranks.
 _OBEYS = 3.0
+# Letters of the process states of Linux: ended but not yet waited for, and stopped by a signal or a debugger.
+_DEAD = ("Z", "X")
+_STOPPED = ("T", "t")
 
 
 @dataclass(frozen=True)
@@ -172,8 +175,8 @@ class Processes:
 
     @property
     def are_alive(self) -> bool:
-        """False if a process is gone."""
-        return not any(line.is_cut for line in self.lines)
+        """False if a process is gone; its line may stay open while its memory is being freed."""
+        return not any(line.is_cut or self._state(rank) in _DEAD for rank, line in enumerate(self.lines))
 
     def tell(self, rank: int, message: object) -> bool:
         """Send a message to a rank; False if its process is gone or does not read."""
@@ -185,11 +188,14 @@ class Processes:
 
     def is_stopped(self, rank: int) -> bool:
         """True if the process was stopped by a signal, where the system says so (Linux)."""
+        return self._state(rank) in _STOPPED
+
+    def _state(self, rank: int) -> str | None:
+        """The letter that Linux has for what a process does; None where the system does not say."""
         try:
-            state = Path(f"/proc/{self.pids[rank]}/stat").read_text().rpartition(")")[2].split()[0]
+            return Path(f"/proc/{self.pids[rank]}/stat").read_text().rpartition(")")[2].split()[0]
         except OSError:
-            return False
-        return state in ("T", "t")
+            return None
 
     def ending(self, rank: int) -> str:
         """How the process of a rank that is gone came to its end, in words."""

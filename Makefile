@@ -55,10 +55,11 @@ test: setup ## set up and pass the tests
 support: setup ## pass the tests and write what they prove to support.json and docs/support.md
 	$(BIN)/python -m pytest -q --write-support
 
-lint: setup ## rules, format and types, changing nothing
+lint: setup ## rules, format, types and the tables of measurements, changing nothing
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/python benchmarks/tables.py --check
 
 format: setup ## rewrite to the format, with the safe fixes
 	$(BIN)/ruff check --fix

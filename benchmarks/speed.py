@@ -287,6 +287,19 @@ def span(values: list[float], unit: str = "") -> str:
     return f"{statistics.median(values):.2f}{unit} ({min(values):.2f} to {max(values):.2f})"
 
 
+def write_rows(options: argparse.Namespace, rows: list[dict[str, Any]], weights: list[dict[str, Any]]) -> None:
+    """Write what was measured, with which options and versions, to the file that was asked for."""
+    facts = {
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+        "python": platform.python_version(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+    }
+    asked = {**{k: v for k, v in vars(options).items() if k != "ends"}, "out": options.out.name}
+    document = {"options": asked, "versions": facts, "rows": rows, "memory": weights}
+    options.out.write_text(json.dumps(document, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=2)
@@ -312,19 +325,7 @@ def main() -> None:
     for left in (scratch, *options.out.parent.glob("weight.*")):
         left.unlink()
     report(rows, weights, options)
-    facts = {
-        "torch": torch.__version__,
-        "diffusers": diffusers.__version__,
-        "python": platform.python_version(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-    }
-    document = {
-        "options": {**{k: v for k, v in vars(options).items() if k != "ends"}, "out": options.out.name},
-        "versions": facts,
-        "rows": rows,
-        "memory": weights,
-    }
-    options.out.write_text(json.dumps(document, indent=1) + "\n")
+    write_rows(options, rows, weights)
 
 
 if __name__ == "__main__":

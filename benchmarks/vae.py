@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import resource
 import statistics
 import time
@@ -21,11 +20,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from diffusers import AutoencoderKL
+from speed import write_rows
 
 from distrifusion.autoencoder import Calls, ParallelCoder
 from distrifusion.exchange.meeting import transport_of
@@ -195,19 +194,7 @@ def main() -> None:
     for left in (scratch, *options.out.parent.glob("weight.*")):
         left.unlink(missing_ok=True)
     report(rows, weights, options)
-    facts = {
-        "torch": torch.__version__,
-        "diffusers": diffusers.__version__,
-        "python": platform.python_version(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-    }
-    document = {
-        "options": {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()},
-        "versions": facts,
-        "rows": rows,
-        "memory": weights,
-    }
-    options.out.write_text(json.dumps(document, indent=1) + "\n")
+    write_rows(options, rows, weights)
 
 
 if __name__ == "__main__":

@@ -81,23 +81,26 @@ def prompts(count: int) -> list[tuple[Scene, str]]:
 
 def on_virtual_rank(pipe: StableDiffusionXLPipeline, plan: Plan, transport: Transport) -> StableDiffusionXLPipeline:
     """A pipeline of this rank's own that shares its weights with the others."""
-    weights = {id(t): t for t in (*pipe.unet.parameters(), *pipe.unet.buffers())}
-    own = StableDiffusionXLPipeline(
-        **{**pipe.components, "unet": copy.deepcopy(pipe.unet, weights), "scheduler": copy.deepcopy(pipe.scheduler)}
-    )
+    divided = (pipe.unet, pipe.vae)
+    weights = {id(t): t for model in divided for t in (*model.parameters(), *model.buffers())}
+    unet, vae, scheduler = (copy.deepcopy(part, weights) for part in (*divided, pipe.scheduler))
+    own = StableDiffusionXLPipeline(**{**pipe.components, "unet": unet, "vae": vae, "scheduler": scheduler})
     own.set_progress_bar_config(disable=True)
     return parallelize(own, plan, transport)
 
 
-def draw(pipe: StableDiffusionXLPipeline, plan: Plan, arguments: dict[str, Any]) -> tuple[torch.Tensor, int]:
-    """Latents of one picture drawn by virtual ranks, and the most bytes that a rank sent for it."""
+def draw(pipe: StableDiffusionXLPipeline, plan: Plan, arguments: dict[str, Any]) -> tuple[torch.Tensor, dict[str, Any]]:
+    """Latents of one picture drawn by virtual ranks; the most bytes that a rank sent per call, and synchronous calls."""
 
-    def work(transport: Transport) -> tuple[torch.Tensor, int]:
+    def work(transport: Transport) -> tuple[torch.Tensor, int, int]:
         own = on_virtual_rank(pipe, plan, transport)
-        return own(**arguments).images, denoiser_of(own).exchange.bytes_sent.total()
+        latents, exchange = own(**arguments).images, denoiser_of(own).exchange
+        return latents, exchange.bytes_sent.total(), exchange.num_synchronous
 
     by_rank = VirtualWorld(plan.num_ranks).run(work)
-    return by_rank[0][0], max(num_bytes for _, num_bytes in by_rank)
+    latents, _, num_synchronous = by_rank[0]
+    most = max(num_bytes for _, num_bytes, _ in by_rank)
+    return latents, {"bytes_per_call": most / arguments["num_inference_steps"], "synchronous": num_synchronous}
 
 
 @torch.no_grad()
@@ -146,33 +149,35 @@ def measure(process: int, options: argparse.Namespace, path: Path) -> None:
             picture = decode(pipe, reference)
             print(json.dumps(row(seed, ONE_DEVICE, "patch1", picture, scene)), file=file, flush=True)
             for name, plan in plans(options).items():
-                drawn, num_bytes = draw(pipe, plan, arguments)
+                drawn, traffic = draw(pipe, plan, arguments)
                 image = decode(pipe, drawn)
-                own = row(seed, name, str(plan), image, scene)
+                own = row(seed, name, str(plan), image, scene) | traffic
                 own["psnr"] = psnr(image, picture)
-                own["bytes_per_call"] = num_bytes / options.steps
                 own["relative_error"] = ((drawn - reference).norm() / reference.norm()).item()
                 print(json.dumps(own), file=file, flush=True)
 
 
 def report(rows: list[dict[str, Any]]) -> None:
     """Print the median and the worst picture of every plan as a Markdown table."""
-    print("| | plan | PSNR median | worst | latent error, median | MB per call | attributes | Frechet distance |")
-    print("|---|---|---|---|---|---|---|---|")
+    columns = ("", "plan", "PSNR median", "worst", "latent error, median", "MB per call", "synchronous calls", "attributes")
+    print(f"| {' | '.join(columns)} | Frechet distance |")
+    print("|" + "---|" * (len(columns) + 1))
     reference = torch.tensor([row["features"] for row in rows if row["name"] == ONE_DEVICE])
     for name in dict.fromkeys(row["name"] for row in rows):
         own = [row for row in rows if row["name"] == name]
         right = statistics.mean(statistics.mean(row["right"].values()) for row in own)
         cells = [name, f"`{own[0]['plan']}`"]
         if name == ONE_DEVICE:
-            cells += ["", "", "", "", f"{right:.1%}", ""]
+            cells += ["", "", "", "", "", f"{right:.1%}", ""]
         else:
             decibels = [row["psnr"] for row in own]
             distance = classifier.frechet_distance(torch.tensor([row["features"] for row in own]), reference)
             error = statistics.median(row["relative_error"] for row in own)
             sent = [row["bytes_per_call"] for row in own if "bytes_per_call" in row]
+            calls = [row["synchronous"] for row in own if "synchronous" in row]
             cells += [f"{statistics.median(decibels):.1f}", f"{min(decibels):.1f}", f"{error:.1e}"]
-            cells += [f"{statistics.median(sent) / 1e6:.2f}" if sent else "", f"{right:.1%}"]
+            cells += [f"{statistics.median(sent) / 1e6:.2f}" if sent else ""]
+            cells += [f"{statistics.median(calls):g}" if calls else "", f"{right:.1%}"]
             cells.append(f"{max(0.0, distance):.3f}" if len(own) > 1 else "")
         print(f"| {' | '.join(cells)} |")
 

@@ -99,6 +99,7 @@ def synchronous_calls(unet: UNet2DConditionModel, plan: str, steps: list[Inputs]
 
         denoiser.exchange.begin = begin  # type: ignore[method-assign]
         run_request(model, denoiser, steps)
+        assert denoiser.exchange.num_synchronous == sum(seen)
         return seen
 
     return on_ranks(unet, plan, work)

@@ -87,6 +87,7 @@ class Exchange:
 
     Attributes:
         posting: kind and name of what was posted last, which a trace reads.
+        num_synchronous: calls in which no value of a call before was read.
     """
 
     def __init__(self, transport: Transport) -> None:
@@ -94,6 +95,7 @@ class Exchange:
         self.posting = ("", "")
         self.bytes_sent: Counter[str] = Counter()
         self.num_posts = 0
+        self.num_synchronous = 0
         self._policy = CallPolicy((transport.rank,), 0)
         self._seen: Counter[str] = Counter()
         self._deferred: list[tuple[str, Posted]] = []
@@ -105,6 +107,7 @@ class Exchange:
         self._seen.clear()
         self._deferred.clear()  # of a call that failed half way
         self._drift.clear()
+        self.num_synchronous += not policy.stale
         if policy.state is not None and policy.stale:
             policy.state.pack()
 

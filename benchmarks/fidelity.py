@@ -90,7 +90,7 @@ def on_virtual_rank(pipe: StableDiffusionXLPipeline, plan: Plan, transport: Tran
 
 
 def draw(pipe: StableDiffusionXLPipeline, plan: Plan, arguments: dict[str, Any]) -> tuple[torch.Tensor, dict[str, Any]]:
-    """Latents of one picture drawn by virtual ranks; the most bytes that a rank sent per call, and synchronous calls."""
+    """Latents of one picture drawn by virtual ranks, the most bytes that a rank sent per call, synchronous calls."""
 
     def work(transport: Transport) -> tuple[torch.Tensor, int, int]:
         own = on_virtual_rank(pipe, plan, transport)
@@ -159,9 +159,10 @@ def measure(process: int, options: argparse.Namespace, path: Path) -> None:
 
 def report(rows: list[dict[str, Any]]) -> None:
     """Print the median and the worst picture of every plan as a Markdown table."""
-    columns = ("", "plan", "PSNR median", "worst", "latent error, median", "MB per call", "synchronous calls", "attributes")
-    print(f"| {' | '.join(columns)} | Frechet distance |")
-    print("|" + "---|" * (len(columns) + 1))
+    columns = ["", "plan", "PSNR median", "worst", "latent error, median", "MB per call"]
+    columns += ["synchronous calls", "attributes", "Frechet distance"]
+    print(f"| {' | '.join(columns)} |")
+    print("|" + "---|" * len(columns))
     reference = torch.tensor([row["features"] for row in rows if row["name"] == ONE_DEVICE])
     for name in dict.fromkeys(row["name"] for row in rows):
         own = [row for row in rows if row["name"] == name]

@@ -102,10 +102,10 @@ def check_class(cls: type, plan: Plan) -> None:
         PlanError: if its pipelines divide their batch themselves and the plan does so too.
         UnsupportedModel: if its pipelines have no U-Net and the plan needs several ranks.
     """
-    if plan.cfg > 1 and issubclass(cls, PAGMixin):
+    if plan.batch > 1 and issubclass(cls, PAGMixin):
         raise PlanError(
-            f"plan '{plan}': {cls.__name__} divides the batch itself, inside its attention, and cfg2 would cut it "
-            f"before; use 'patch{plan.num_ranks}'"
+            f"plan '{plan}': {cls.__name__} divides the batch itself, inside its attention, and cfg2 or dp would cut "
+            f"it before; use 'patch{plan.num_ranks}'"
         )
     parameters = inspect.signature(cls).parameters
     open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())

@@ -27,7 +27,7 @@ class CallLayout:
 
 @dataclass(frozen=True)
 class RankGrid:
-    """The ranks as a grid, axes outer to inner: cfg, patch."""
+    """The ranks as a grid, axes outer to inner: batch (pictures and guidance branches), patch."""
 
     plan: Plan
     rank: int
@@ -35,12 +35,12 @@ class RankGrid:
     def layout(self, num_rows: int) -> CallLayout:
         """Divide a call of `num_rows` batch rows over the ranks.
 
-        The cfg axis cuts the batch, which holds the guidance branches one after the other. A call with fewer rows than
-        the cfg degree (one picture without guidance) leaves nothing to cut there, so those ranks take bands instead.
+        The batch holds the guidance branches one after the other, each with all pictures. A call with fewer rows than
+        the plan has parts (one picture without guidance) is cut into fewer, and the ranks left over take bands instead.
         """
-        cfg = self.plan.cfg if num_rows >= self.plan.cfg else 1
-        bands = self.plan.num_ranks // cfg
-        rows = split_evenly(num_rows, cfg)
+        parts = max(n for n in range(1, min(self.plan.batch, num_rows) + 1) if self.plan.batch % n == 0)
+        bands = self.plan.num_ranks // parts
+        rows = split_evenly(num_rows, parts)
         ranks = range(self.plan.num_ranks)
         branch = self.rank // bands
         return CallLayout(

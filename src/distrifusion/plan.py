@@ -37,7 +37,7 @@ class Norms(StrEnum):
 ALL_KINDS = frozenset(SiteKind)
 DEFAULT_WARMUP = 4
 
-_DEGREE = re.compile(r"(cfg|patch)(\d+)")
+_DEGREE = re.compile(r"(dp|cfg|patch)(\d+)")
 DEFAULT_STALE = frozenset({SiteKind.KV})
 DEFAULT_FORECAST = 50
 MOST_FORECAST = 200
@@ -48,7 +48,7 @@ _NUMBERS = {"w": "warmup", "delta": "delta", "forecast": "forecast", "resync": "
 _NUMBER = re.compile(rf"({'|'.join(_NUMBERS)})(\d+)")
 _POLICY_WORDS = ("sync", "displaced", "frozen", "naive")
 _WORDS = (
-    "cfg<N>", "patch<N>", *Split, *_POLICY_WORDS, *SiteKind, "all", *Norms,
+    "dp<N>", "cfg<N>", "patch<N>", *Split, *_POLICY_WORDS, *SiteKind, "all", *Norms,
     "delta<bits>", "forecast<percent>", "resync<percent>", "w<N>",
 )  # fmt: skip
 
@@ -57,9 +57,10 @@ _WORDS = (
 class Plan:
     """How one denoiser call is divided over ranks, and which activations may be one call old.
 
-    The text form joins words with dots: `cfg2.patch4.displaced.w4`. Words: `cfg<N>` and `patch<N>` (degrees), `rows`
-    or `columns` (direction of the bands), `sync` or `displaced` (DistriFusion, arXiv 2402.19481), after `displaced`
-    the kinds that may be stale (`kv`, `halo`, `norm`; `kv` if none is named; `all` is the published form), and `w<N>`.
+    The text form joins words with dots: `cfg2.patch4.displaced.w4`. Words: `dp<N>`, `cfg<N>` and `patch<N>` (degrees),
+    `rows` or `columns` (direction of the bands), `sync` or `displaced` (DistriFusion, arXiv 2402.19481), after
+    `displaced` the kinds that may be stale (`kv`, `halo`, `norm`; `kv` if none is named; `all` is the published form),
+    and `w<N>`.
     `delta<bits>` sends keys and values as coded differences (CompactFusion, arXiv 2507.17511), fresh ones or, after
     `displaced`, stale ones. After `displaced`, `forecast` or `forecast<percent>` extrapolates stale keys and values,
     and `resync<percent>` makes a call synchronous when they have drifted by more than that since the one before.
@@ -68,6 +69,7 @@ class Plan:
     `frozen.all` `stalenorm` or `separatenorm` (what norms do with old statistics).
 
     Attributes:
+        dp: groups of ranks over which the pictures of one call are spread; at least 1.
         cfg: ranks over which the branches of classifier-free guidance are spread; 1 or 2.
         patch: bands into which the picture is cut, one per rank; at least 1.
         split: direction of the cut.
@@ -86,6 +88,7 @@ class Plan:
         PlanError: on a value out of range or without effect.
     """
 
+    dp: int = 1
     cfg: int = 1
     patch: int = 1
     split: Split = Split.ROWS
@@ -99,6 +102,8 @@ class Plan:
     resync: int | None = None
 
     def __post_init__(self) -> None:
+        if self.dp < 1:
+            raise PlanError(f"dp{self.dp}: the number of groups that share the pictures is at least 1")
         if self.cfg not in (1, 2):
             raise PlanError(f"cfg{self.cfg}: guidance has two branches, so the degree is cfg1 or cfg2")
         if self.patch < 1:
@@ -139,7 +144,12 @@ class Plan:
     @property
     def num_ranks(self) -> int:
         """Number of ranks the plan occupies."""
-        return self.cfg * self.patch
+        return self.batch * self.patch
+
+    @property
+    def batch(self) -> int:
+        """Number of parts into which the rows of the batch, pictures and guidance branches, are cut."""
+        return self.dp * self.cfg
 
     @property
     def exact(self) -> bool:
@@ -162,7 +172,7 @@ class Plan:
         return "naive" if self.naive else "frozen" if self.frozen else "displaced" if self.stale else "sync"
 
     def __str__(self) -> str:
-        words = [f"cfg{self.cfg}"] if self.cfg > 1 else []
+        words = [f"{axis}{degree}" for axis, degree in (("dp", self.dp), ("cfg", self.cfg)) if degree > 1]
         if self.patch > 1 or not words:
             words.append(f"patch{self.patch}")
         if self.split is not Split.ROWS:
@@ -208,10 +218,11 @@ class Plan:
     def nearest(self, num_ranks: int) -> Plan:
         """The legal plan for exactly `num_ranks` ranks that keeps most of this one's words."""
         cfg = self.cfg if num_ranks % self.cfg == 0 else 1
-        patch = num_ranks // cfg
-        if patch > 1 or self.exact:
-            return replace(self, cfg=cfg, patch=patch)
-        return Plan(cfg=cfg, patch=patch, split=Split.ROWS if self.split is Split.ALTERNATING else self.split)
+        dp = self.dp if num_ranks % (self.dp * cfg) == 0 else 1
+        patch = num_ranks // (dp * cfg)
+        if patch > 1 or (self.exact and self.delta is None):
+            return replace(self, dp=dp, cfg=cfg, patch=patch)
+        return Plan(dp=dp, cfg=cfg, patch=patch, split=Split.ROWS if self.split is Split.ALTERNATING else self.split)
 
     def check_devices(self, num_devices: int) -> None:
         """Check that the plan occupies exactly the devices given.
@@ -271,6 +282,7 @@ def _parse(text: str) -> Plan:
 def _unknown_word(text: str, word: str) -> str:
     stem = re.sub(r"\d+$", "", word)
     known = {
+        "dp": "dp2",
         "cfg": "cfg2",
         "patch": "patch2",
         "w": "w4",

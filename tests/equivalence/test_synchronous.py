@@ -35,6 +35,14 @@ ONE_FAMILY = [
     ("patch2", 1, 2, 2),
 ]
 TOO_SMALL_TO_CUT = [("patch8", 1, 5, 7), ("patch2", 1, 1, 30), ("cfg2.patch3", 2, 2, 9)]
+SEVERAL_PICTURES = [
+    ("dp2", 4, 9, 16),
+    ("dp3", 4, 17, 9),
+    ("dp2.cfg2", 6, 9, 16),
+    ("dp2.patch2", 3, 41, 25),
+    ("dp4.cfg2", 2, 12, 9),  # fewer rows than parts: the ranks take bands
+    ("dp3.patch2.columns", 2, 13, 22),
+]
 ONE_PICTURE_WITHOUT_GUIDANCE = [("cfg2", 1, 9, 16), ("cfg2.patch2", 1, 41, 25), ("cfg2.patch3.columns", 1, 12, 41)]
 
 
@@ -49,6 +57,14 @@ def test_every_family_equals_one_device(
     ("plan", "batch", "height", "width"), [*ONE_FAMILY, *TOO_SMALL_TO_CUT, *ONE_PICTURE_WITHOUT_GUIDANCE]
 )
 def test_any_plan_and_size_equals_one_device(
+    sdxl: UNet2DConditionModel, plan: str, batch: int, height: int, width: int
+) -> None:
+    assert max(errors(sdxl, plan, [unet_inputs(sdxl, batch, height, width)])) <= EXACT
+
+
+@pytest.mark.supports("plan", "dp<N>")
+@pytest.mark.parametrize(("plan", "batch", "height", "width"), SEVERAL_PICTURES)
+def test_several_pictures_on_groups_of_ranks_equal_one_device(
     sdxl: UNet2DConditionModel, plan: str, batch: int, height: int, width: int
 ) -> None:
     assert max(errors(sdxl, plan, [unet_inputs(sdxl, batch, height, width)])) <= EXACT

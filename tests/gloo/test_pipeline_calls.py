@@ -19,6 +19,7 @@ from work import (
 )
 from world import GlooWorld
 
+from distrifusion import Plan
 from models import relative_error
 
 EXACT = 1e-5
@@ -70,6 +71,14 @@ def test_a_call_with_arguments_equals_the_plain_pipeline(
     call = Call(arguments)
     reference = alone(family, "ddim", call)
     by_rank = gloo.run(draw, family, "ddim", "cfg2.patch2", call)
+    assert all(relative_error(latents, reference) <= EXACT for (latents,) in by_rank)
+
+
+@pytest.mark.parametrize("plan", ["dp2", "dp3", "dp2.cfg2", "dp2.patch2.displaced.w5"])
+def test_prompts_spread_over_groups_of_ranks_equal_the_plain_pipeline(gloo: GlooWorld, alone: Alone, plan: str) -> None:
+    call = Call({"prompt": ["a calm lake", "a hill", "a road"], "num_inference_steps": 3})
+    reference = alone("sdxl", "ddim", call)
+    by_rank = gloo.run(draw, "sdxl", "ddim", plan, call, ranks=Plan.parse(plan).num_ranks)
     assert all(relative_error(latents, reference) <= EXACT for (latents,) in by_rank)
 
 

@@ -75,9 +75,11 @@ def test_band_shapes_tile_the_level(height: int, width: int, num_levels: int, nu
             assert sum(h * w for h, w in shapes) == level.height * level.width
 
 
-@given(st.sampled_from((1, 2)), st.integers(1, 6), st.integers(1, 9))
-def test_every_batch_row_of_every_band_has_exactly_one_rank(cfg: int, patch: int, num_rows: int) -> None:
-    plan = Plan(cfg=cfg, patch=patch)
+grids = st.builds(Plan, dp=st.integers(1, 4), cfg=st.sampled_from((1, 2)), patch=st.integers(1, 6))
+
+
+@given(grids, st.integers(1, 9))
+def test_every_batch_row_of_every_band_has_exactly_one_rank(plan: Plan, num_rows: int) -> None:
     layouts = [RankGrid(plan, rank).layout(num_rows) for rank in range(plan.num_ranks)]
     assert all((layout.batch, layout.band) == (layouts[0].batch, layouts[0].band) for layout in layouts)
     num_bands = len(layouts[0].team)
@@ -89,9 +91,8 @@ def test_every_batch_row_of_every_band_has_exactly_one_rank(cfg: int, patch: int
     assert sorted(owners) == [(row, band) for row in range(num_rows) for band in range(num_bands)]
 
 
-@given(st.sampled_from((1, 2)), st.integers(1, 6), st.integers(1, 9))
-def test_a_team_is_the_ranks_with_the_same_batch_rows_in_band_order(cfg: int, patch: int, num_rows: int) -> None:
-    plan = Plan(cfg=cfg, patch=patch)
+@given(grids, st.integers(1, 9))
+def test_a_team_is_the_ranks_with_the_same_batch_rows_in_band_order(plan: Plan, num_rows: int) -> None:
     for rank in range(plan.num_ranks):
         layout = RankGrid(plan, rank).layout(num_rows)
         assert layout.team[layout.index] == rank

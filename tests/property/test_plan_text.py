@@ -10,17 +10,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distrifusion import Plan, PlanError
-from distrifusion.plan import ALL_KINDS, DEFAULT_WARMUP, DELTA_BITS, Norms, SiteKind, Split
+from distrifusion.plan import ALL_KINDS, DEFAULT_STALE, DEFAULT_WARMUP, DELTA_BITS, Norms, SiteKind, Split
 
 _KNOWN = re.compile(
-    r"(cfg|patch|w|delta|forecast|resync)\d+|forecast|rows|columns|alternating|sync|displaced|frozen|naive|kv|halo|norm|all|(stale|separate|corrected)norm"
+    r"(dp|cfg|patch|w|delta|forecast|resync)\d+|forecast|rows|columns|alternating|sync|displaced|frozen|naive|kv|halo|norm|all|(stale|separate|corrected)norm"
 )
 
 cuts = st.sampled_from((Split.ROWS, Split.COLUMNS))
 cfgs = st.sampled_from((1, 2))
-exact_plans = st.builds(Plan, cfg=cfgs, patch=st.integers(1, 12), split=cuts)
+exact_plans = st.builds(Plan, dp=st.integers(1, 5), cfg=cfgs, patch=st.integers(1, 12), split=cuts)
 displaced_plans = st.builds(
     Plan,
+    dp=st.integers(1, 5),
     cfg=cfgs,
     patch=st.integers(2, 12),
     split=cuts,
@@ -108,6 +109,10 @@ def test_a_wrong_number_of_devices_is_an_error_that_names_a_legal_plan(plan: Pla
     Plan.parse(offered).check_devices(num_devices)
 
 
+def test_the_nearest_plan_of_one_band_has_no_codes_left() -> None:
+    assert str(Plan.parse("cfg2.patch2.delta32").nearest(2)) == "cfg2"
+
+
 @given(st.integers(1, 64))
 def test_the_default_plan_is_exact_and_occupies_all_ranks(num_ranks: int) -> None:
     plan = Plan.default(num_ranks)
@@ -117,7 +122,7 @@ def test_the_default_plan_is_exact_and_occupies_all_ranks(num_ranks: int) -> Non
 
 @pytest.mark.parametrize(
     "degrees",
-    [{"cfg": 0}, {"cfg": 3}, {"patch": 0}, {"patch": -2}, {"warmup": -1}, {"stale": frozenset({SiteKind.KV})}],
+    [{"dp": 0}, {"cfg": 0}, {"cfg": 3}, {"patch": 0}, {"patch": -2}, {"warmup": -1}, {"stale": DEFAULT_STALE}],
     ids=str,
 )
 def test_a_value_out_of_range_or_without_effect_is_an_error(degrees: dict[str, object]) -> None:

@@ -99,8 +99,8 @@ def run(
             "--plan",
             metavar="PLAN",
             help="What to divide: words joined by dots. cfg2: the two branches of guidance; dp2: several pictures; "
-            "patch4: four bands of rows; displaced: old keys and values, not exact; forecast: nearer; delta4: few bytes, "
-            "for slow links; w4: warm-up calls that stay exact. "
+            "patch4: four bands of rows; displaced: old keys and values, not exact; forecast: nearer; delta4: few "
+            "bytes, for slow links; w4: warm-up calls that stay exact. "
             r"[dim]\[default: the exact plan for the devices][/dim]",
             show_default=False,
             rich_help_panel=options.DIVISION,

@@ -16,7 +16,7 @@ import torch
 from distrifusion import load
 from distrifusion.errors import OutOfMemory, PoolTooLarge, RankFailed
 from distrifusion.memory import check
-from runtime.faulty import hit
+from runtime.faulty import gone_within, hit
 
 BALLAST = 192 << 20  # bytes, far above what a rank has of its own
 
@@ -67,6 +67,7 @@ def test_weights_are_read_once_and_shared_until_a_rank_writes(sdxl_folder: Path,
         # Had the ranks written to the same memory, it would have been multiplied twice.
         assert pipe.vae.enable_slicing() == 3.0
         hit(pids[1], "kill")
+        assert gone_within(pids[1:], 10)
         assert pipe("a", num_inference_steps=1, output_type="latent").images.isfinite().all()
         assert not set(pids) & set(pipe.pids) and len(opened_by(calls)) == 1
         assert pipe.vae.enable_slicing() == 3.0

@@ -102,7 +102,7 @@ def _agree(exchange: Exchange, device: torch.device, wanted: int) -> Places:
     name = running_system() if device.type == "cpu" else f"{running_system()} {device}"
     own = torch.tensor([zlib.crc32(name.encode()), free_bytes(device, wanted)], device=device)
     shapes = {rank: own.shape for rank in range(transport.world_size) if rank != transport.rank}
-    answers = {transport.rank: own, **exchange.collect("free memory", own, shapes)}
+    answers = {transport.rank: own, **exchange.collect("free memory", own, shapes).wait()}
     found = [tuple(answers[rank].tolist()) for rank in range(transport.world_size)]
     free = {place: min(n for other, n in found if other == place) for place, _ in found}
     return Places(tuple(place for place, _ in found), free)

@@ -158,7 +158,7 @@ class Plan:
 
     @property
     def kept(self) -> frozenset[SiteKind]:
-        """Kinds whose values are kept from one denoiser call to the next."""
+        """Kinds whose values are kept from one denoiser call to the next; separate statistics use nothing of others."""
         coded = frozenset((SiteKind.KV,)) if self.delta in CODED_BITS else frozenset()
         return (self.stale - {SiteKind.NORM} if self.norms is Norms.SEPARATE else self.stale) | coded
 

@@ -17,23 +17,59 @@ from distrifusion.errors import PoolTooLarge
 from distrifusion.exchange.virtual import VirtualWorld
 from distrifusion.memory import check
 from distrifusion.memory.prediction import pool_bytes
-from distrifusion.plan import SiteKind, Split
+from distrifusion.plan import DEFAULT_STALE, SiteKind, Split
 from models import UNETS, moved, sdxl_unet, share_weights, to_dtype, unet_inputs
 from pipelines.families import PIPELINES
 
+ALL = frozenset(SiteKind)
 sides = st.integers(1, 30)
+KNOBS: tuple[dict[str, int], ...] = (
+    {},
+    {"forecast": 50},
+    {"delta": 2},
+    {"resync": 20},
+    {"delta": 4, "forecast": 100, "resync": 50},
+)
 
 
-def held(model: Any, plan: str, inputs: dict[str, Any], calls: int = 2) -> list[int]:
-    """Bytes in every rank's pool after some calls of one request."""
+def storage_bytes(root: object) -> int:
+    """Bytes of the memory behind all tensors that can be reached from an object of ours; views count nothing."""
+    seen: set[int] = set()
+    storages: dict[int, int] = {}
+    reached = [root]
+    while reached:
+        thing = reached.pop()
+        if id(thing) in seen:
+            continue
+        seen.add(id(thing))
+        if isinstance(thing, torch.Tensor):
+            storage = thing.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+        elif isinstance(thing, dict):
+            reached += thing.values()
+        elif isinstance(thing, list | tuple):
+            reached += thing
+        elif type(thing).__module__.startswith("distrifusion."):
+            reached += vars(thing).values()
+    return sum(storages.values())
+
+
+def held(model: Any, plan: str, inputs: dict[str, Any]) -> list[int]:
+    """Bytes in every rank's pool after some calls of one request, which are also what it says that it holds."""
 
     def work(model: Any, denoiser: ParallelDenoiser) -> int:
         denoiser.open("request")
-        for _ in range(calls):
+        for _ in range(3):  # where the first is watched for drift, the second is synchronous too
             denoiser.slot = 0
             model(**inputs)
+        for state in denoiser.pool._states.get("request", {}).values():
+            for posted in state.posted():
+                posted.settle()
+            state.times = ()
         found = denoiser.pool.num_bytes
+        assert storage_bytes(denoiser.pool) == found
         denoiser.close()
+        assert storage_bytes(denoiser.pool) == 0
         return found
 
     return on_ranks(model, plan, work)
@@ -52,13 +88,14 @@ def predicted(model: Any, plan: str, inputs: dict[str, Any]) -> list[int]:
     patch=st.integers(2, 5),
     split=st.sampled_from((Split.ROWS, Split.COLUMNS)),
     stale=st.frozensets(st.sampled_from(SiteKind), min_size=1),
+    knobs=st.sampled_from(KNOBS),
     batch=st.integers(1, 3),
     height=sides,
     width=sides,
 )
-@example(family="sdxl_unet", cfg=1, patch=3, split=Split.ROWS, stale=frozenset(SiteKind), batch=2, height=25, width=17)
-@example(family="sd_unet", cfg=1, patch=5, split=Split.ROWS, stale=frozenset(SiteKind), batch=1, height=7, width=7)
-@example(family="sd_unet", cfg=2, patch=2, split=Split.COLUMNS, stale=frozenset(SiteKind), batch=2, height=9, width=30)
+@example(family="sdxl_unet", cfg=1, patch=3, split=Split.ROWS, stale=ALL, knobs={}, batch=2, height=25, width=17)
+@example(family="sd_unet", cfg=1, patch=5, split=Split.ROWS, stale=ALL, knobs={}, batch=1, height=7, width=7)
+@example(family="sd_unet", cfg=2, patch=2, split=Split.COLUMNS, stale=ALL, knobs={}, batch=2, height=9, width=30)
 def test_what_is_predicted_is_what_is_held(
     unets: dict[str, UNet2DConditionModel],
     family: str,
@@ -66,24 +103,45 @@ def test_what_is_predicted_is_what_is_held(
     patch: int,
     split: Split,
     stale: frozenset[SiteKind],
+    knobs: dict[str, int],
     batch: int,
     height: int,
     width: int,
 ) -> None:
-    plan = str(Plan(cfg=cfg, patch=patch, split=split, stale=stale, warmup=0))
+    kinds = stale | DEFAULT_STALE if {"forecast", "resync"} & knobs.keys() else stale
+    plan = str(Plan(cfg=cfg, patch=patch, split=split, stale=kinds, warmup=0, **knobs))
     inputs = unet_inputs(unets[family], batch, height, width)
     assert held(unets[family], plan, inputs) == predicted(unets[family], plan, inputs)
 
 
+@pytest.mark.parametrize("layout", ["patch2", "patch3", "cfg2.patch2", "patch3.columns"])
 @pytest.mark.parametrize(
-    "plan", ["patch3.frozen.w0", "patch3.displaced.separatenorm.w0", "patch3.displaced.stalenorm.w0"]
+    "policy",
+    [
+        "displaced.w0",
+        "displaced.all.w0",
+        "displaced.forecast.w0",
+        "displaced.delta4.w0",
+        "displaced.delta1.forecast.resync30.w0",
+        "delta8",
+        "delta1",
+    ],
+)
+def test_every_policy_holds_what_is_predicted(sdxl: UNet2DConditionModel, layout: str, policy: str) -> None:
+    inputs, plan = unet_inputs(sdxl, 2, 25, 17), f"{layout}.{policy}"
+    found = predicted(sdxl, plan, inputs)
+    assert held(sdxl, plan, inputs) == found and min(found) > 0
+
+
+@pytest.mark.parametrize(
+    "plan", ["patch3.frozen.w0", "patch3.displaced.all.separatenorm.w0", "patch3.displaced.all.stalenorm.w0"]
 )
 def test_variants_hold_what_is_predicted(sdxl: UNet2DConditionModel, plan: str) -> None:
     inputs = unet_inputs(sdxl, 1, 25, 17)
     assert held(sdxl, plan, inputs) == predicted(sdxl, plan, inputs)
 
 
-@pytest.mark.parametrize("plan", ["patch3", "cfg2.patch2", "patch2.naive"])
+@pytest.mark.parametrize("plan", ["patch3", "cfg2.patch2", "patch2.naive", "patch2.delta32"])
 def test_plans_that_use_nothing_old_hold_nothing(sdxl: UNet2DConditionModel, plan: str) -> None:
     inputs = unet_inputs(sdxl, 2, 25, 17)
     assert held(sdxl, plan, inputs) == predicted(sdxl, plan, inputs) == [0] * Plan.parse(plan).num_ranks
@@ -92,10 +150,12 @@ def test_plans_that_use_nothing_old_hold_nothing(sdxl: UNet2DConditionModel, pla
 def test_half_precision_holds_half_of_keys_and_values() -> None:
     unet = sdxl_unet().to(torch.bfloat16)
     inputs = to_dtype(unet_inputs(unet, 1, 25, 17), torch.bfloat16)
-    assert held(unet, "patch2.displaced.w0", inputs) == predicted(unet, "patch2.displaced.w0", inputs)
+    for plan in ("patch2.displaced.all.w0", "patch2.displaced.delta4.forecast.resync30.w0"):
+        assert held(unet, plan, inputs) == predicted(unet, plan, inputs)
     shape = inputs["sample"].shape
     half, full = (
-        pool_bytes(unet, Plan.parse("patch2.displaced"), 0, shape, dtype) for dtype in (torch.bfloat16, torch.float32)
+        pool_bytes(unet, Plan.parse("patch2.displaced.all"), 0, shape, dtype)
+        for dtype in (torch.bfloat16, torch.float32)
     )
     assert full[SiteKind.KV] == 2 * half[SiteKind.KV] > 0 and full[SiteKind.NORM] == half[SiteKind.NORM]
 
@@ -108,7 +168,7 @@ def test_fixed_filters_and_adaptive_norms_hold_what_is_predicted() -> None:
         "encoder_hidden_states": torch.randn(1, 7, 24),
         "timestep_cond": torch.randn(1, 128 + 24),
     }
-    plan = "patch2.displaced.w0"
+    plan = "patch2.displaced.all.w0"
     found = predicted(unet, plan, inputs)
     assert held(unet, plan, inputs) == found and min(found) > 0
 
@@ -157,6 +217,32 @@ def test_a_pool_that_just_fits_is_kept(sdxl: UNet2DConditionModel, monkeypatch: 
     needed = sum(predicted(sdxl, plan, inputs))
     monkeypatch.setattr(check, "free_bytes", lambda device, wanted: needed)
     assert all(isinstance(answer, int) and answer > 0 for answer in answers(sdxl, plan, inputs))
+
+
+@pytest.mark.parametrize(
+    ("plan", "fits"),
+    [
+        ("patch2.displaced.all.forecast.w0", "patch2.displaced.all.w0"),
+        ("patch2.displaced.delta4.forecast.w0", "patch2.displaced.delta4.w0"),
+        ("patch2.displaced.delta4.forecast.w0", "patch2.displaced.w0"),
+        ("patch2.displaced.all.w0", "patch2.displaced.w0"),
+        ("patch4.displaced.all.w0", "patch4.displaced.w0"),
+        ("patch4.displaced.forecast.w0", "cfg2.patch2.displaced.w0"),
+        ("patch3.displaced.forecast.w0", "patch2.displaced.w0"),
+        ("patch3.delta4", "patch2.delta4"),
+        ("cfg2.patch2.delta8", "cfg2.patch2"),
+    ],
+)
+def test_the_plan_that_is_named_is_the_nearest_that_fits(
+    sdxl: UNet2DConditionModel, monkeypatch: pytest.MonkeyPatch, plan: str, fits: str
+) -> None:
+    inputs = unet_inputs(sdxl, 2, 24, 24)
+    free = sum(predicted(sdxl, fits, inputs))
+    monkeypatch.setattr(check, "free_bytes", lambda device, wanted: free)
+    error, *_ = answers(sdxl, plan, inputs)
+    assert isinstance(error, PoolTooLarge) and Plan.parse(error.fits) == Plan.parse(fits)
+    kept = answers(sdxl, fits, inputs)
+    assert all(isinstance(num_bytes, int) for num_bytes in kept) and sum(kept) <= free
 
 
 def test_where_nothing_else_fits_the_exact_plan_is_named(

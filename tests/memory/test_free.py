@@ -74,3 +74,17 @@ def test_trimming_leaves_tensors_alone() -> None:
     del del_me
     free._trim()
     assert kept.sum().item() == 499500
+
+
+def test_a_gpu_is_asked_and_what_its_allocator_holds_unused_counts_as_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[torch.device] = []
+
+    def answer(value: object) -> object:
+        return lambda device: asked.append(device) or value
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", answer((7 * MIB, 80 * MIB)))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", answer(5 * MIB))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", answer(2 * MIB))
+    gpu = torch.device("cuda:1")
+    assert free.free_bytes(gpu, wanted=100 * MIB) == 10 * MIB
+    assert set(asked) == {gpu} and len(asked) == 3

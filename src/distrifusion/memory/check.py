@@ -14,7 +14,7 @@ from distrifusion.exchange.meeting import running_system
 from distrifusion.exchange.verbs import Exchange
 from distrifusion.memory.free import free_bytes, size_in_words
 from distrifusion.memory.prediction import kept_by
-from distrifusion.plan import Plan
+from distrifusion.plan import DEFAULT_STALE, Norms, Plan
 
 # Parts of the height and width in which a smaller picture is looked for.
 _PARTS = 16
@@ -116,12 +116,26 @@ def _that_fit(question: Question, plan: Plan, places: Places) -> Iterator[Plan]:
 
 
 def _near(plan: Plan) -> Iterator[Plan]:
-    """Plans that keep less: branches of the guidance apart, fewer ranks, at last the exact plan of these ranks."""
-    if plan.cfg == 1 and plan.patch % 2 == 0 and plan.patch > 2:
-        yield replace(plan, cfg=2, patch=plan.patch // 2)
-    for num_ranks in range(plan.num_ranks - 1, 1, -1):
-        yield plan.nearest(num_ranks)
+    """Plans that keep less: without a forecast, without codes, with keys and values alone, then those with the branches
+    of the guidance apart, then on fewer ranks, at last the exact plan of these ranks."""
+    thinner = [*_thinner(plan)]
+    yield from thinner
+    for own in (plan, *thinner):
+        if own.cfg == 1 and own.patch % 2 == 0 and own.patch > 2:
+            yield replace(own, cfg=2, patch=own.patch // 2)
+    fewer = (own.nearest(n) for n in range(plan.num_ranks - 1, 1, -1) for own in (plan, *thinner))
+    yield from (own for own in fewer if not own.exact)
     yield Plan(cfg=plan.cfg, patch=plan.patch, split=plan.split)
+
+
+def _thinner(plan: Plan) -> Iterator[Plan]:
+    """The plan with one thing less to keep, with two, and so on; at last stale keys and values as they arrived."""
+    if plan.forecast:
+        yield (plan := replace(plan, forecast=0))
+    if plan.stale and plan.delta is not None:
+        yield (plan := replace(plan, delta=None))
+    if plan.stale > DEFAULT_STALE:
+        yield replace(plan, stale=DEFAULT_STALE, norms=Norms.CORRECTED)
 
 
 def _smaller_picture(question: Question, plan: Plan, places: Places) -> str:

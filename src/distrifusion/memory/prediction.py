@@ -21,6 +21,7 @@ from distrifusion.anatomy.base import (
     Site,
     UpsampleSite,
 )
+from distrifusion.exchange.gathering import SAMPLED, Sending
 from distrifusion.exchange.pool import padded
 from distrifusion.mesh import RankGrid
 from distrifusion.partition import Interval, Level, partition_levels
@@ -28,21 +29,7 @@ from distrifusion.plan import Plan, SiteKind, Split
 from distrifusion.strategies.patch import input_rows
 
 _NORM_BYTES = 4  # statistics are fp32 in every model
-
-
-@dataclass(frozen=True)
-class Copies:
-    """How often a policy keeps a value: what this rank computed itself, and what it received."""
-
-    own: int = 1
-    remote: int = 1
-
-
-def copies_of(plan: Plan, kind: SiteKind) -> Copies:
-    """How often a plan keeps values of a kind; a policy that needs older ones or residuals keeps more than one."""
-    if kind not in plan.kept:
-        return Copies(0, 0)
-    return Copies(2, 2) if kind is SiteKind.KV and plan.forecast else Copies()
+_SAMPLE_BYTES = 4  # and so are samples of keys and values
 
 
 def pool_bytes(model: nn.Module, plan: Plan, rank: int, shape: Sequence[int], dtype: torch.dtype) -> Counter[SiteKind]:
@@ -76,16 +63,14 @@ def kept_by(
     num_rows, _, height, width = shape
     layout = RankGrid(plan, rank).layout(num_rows)
     levels = partition_levels(height, width, num_levels, len(layout.team), plan.split)
-    band = _Band(levels, layout.index, len(layout.batch[rank]), dtype.itemsize)
+    band = _Band(plan, levels, layout.index, len(layout.batch[rank]), dtype.itemsize)
     channels = 0
     # What follows within an upsampler from a level that every rank has whole reads whole rows too.
     whole = tuple(f"{s.name}." for s in sites if isinstance(s, UpsampleSite) and levels[s.level].bands is None)
     for site in sites:
         kind = _KINDS.get(type(site))
-        if kind is not None and not site.name.startswith(whole):
-            copies = copies_of(plan, kind)
-            own, remote = band.kept(site, channels)
-            total[kind] += own * copies.own + remote * copies.remote
+        if kind in plan.kept and not site.name.startswith(whole):
+            total[kind] += band.kept(site, channels)
         channels = getattr(site.module, "out_channels", channels)
     return total
 
@@ -103,25 +88,24 @@ _KINDS: dict[type[Site], SiteKind] = {
 class _Band:
     """One rank's part of every level, and the batch rows and bytes per value of its call."""
 
+    plan: Plan
     levels: tuple[Level, ...]
     index: int
     batch: int
     itemsize: int
 
-    def kept(self, site: Site, channels: int) -> tuple[int, int]:
-        """Bytes of this rank's own values of a site and of those it receives; `channels` are those of its input."""
+    def kept(self, site: Site, channels: int) -> int:
+        """Bytes kept of a site; `channels` are those of its input."""
         level, level_out = self.levels[site.level], self.levels[site.level_out]
         module: Any = site.module
         if level.bands is None or level_out.bands is None:
-            return 0, 0  # the levels are whole on every rank, or the way to them gathers afresh
+            return 0  # the levels are whole on every rank, or the way to them gathers afresh
         match site:
             case AttentionSite():
-                token = 2 * self.batch * module.to_k.out_features * self.itemsize
-                own = len(level.bands[self.index]) * level.across
-                return own * token, (level.size * level.across - own) * token
+                return self._gathered(level, module.to_k.out_features)
             case NormSite() | AdaptiveNormSite():
-                statistics = padded(2 * self.batch * module.num_groups * _NORM_BYTES) * (len(level.bands) - 1)
-                return statistics, statistics
+                statistics = padded(2 * self.batch * module.num_groups * _NORM_BYTES)
+                return 2 * statistics * (len(level.bands) - 1)  # given to every other band, and taken from it
             case ResampleSite():
                 wants = [Interval(band.start - site.margin, band.stop + site.margin) for band in level.bands]
                 return self._borders(level, wants, channels)
@@ -129,13 +113,26 @@ class _Band:
         wants = [input_rows(module, dim, band) for band in level_out.bands]
         return self._borders(level, wants, module.in_channels)
 
-    def _borders(self, level: Level, wants: Sequence[Interval], channels: int) -> tuple[int, int]:
+    def _gathered(self, level: Level, channels: int) -> int:
+        """Bytes of everybody's keys and values of a level, and of what their forecast, coding and drift need."""
+        assert level.bands is not None
+        sending = Sending.of(self.plan)
+        parts = [(len(band) * level.across, self.batch, 2, channels) for band in level.bands]
+        own = parts[self.index]
+        total = self.itemsize * sum(map(prod, parts)) * (2 if sending.forecasts else 1)
+        if sending.codec is not None:
+            # What the peers hold of the own values, and the codes given and taken.
+            total += self.itemsize * prod(own) + sum(map(sending.codec.num_bytes, parts))
+        if self.plan.resync is not None:
+            total += _SAMPLE_BYTES * -(-own[0] // SAMPLED) * prod(own[1:])
+        return total
+
+    def _borders(self, level: Level, wants: Sequence[Interval], channels: int) -> int:
         """Bytes of the rows that this band gives and takes where every band wants some interval."""
         assert level.bands is not None
-        row = (self.batch, channels, level.across, self.itemsize)
+        row = prod((self.batch, channels, level.across, self.itemsize))
+        own, wanted = level.bands[self.index], wants[self.index]
         others = [
             (band, want) for i, (band, want) in enumerate(zip(level.bands, wants, strict=True)) if i != self.index
         ]
-        own, wanted = level.bands[self.index], wants[self.index]
-        given = sum(padded(len(own & want) * prod(row)) for _, want in others)
-        return given, sum(padded(len(band & wanted) * prod(row)) for band, _ in others)
+        return sum(padded(len(own & want) * row) + padded(len(band & wanted) * row) for band, want in others)

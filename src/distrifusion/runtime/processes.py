@@ -142,7 +142,9 @@ class RankStarter:
         self._line.close()
 
     def _gone(self, rank: int | None = None) -> RankFailed:
-        return RankFailed(f"the process that starts the ranks {_ending(self._process.poll())}", rank=rank)
+        with suppress(subprocess.TimeoutExpired):  # its line is cut before its exit status is known
+            self._process.wait(_TRACE)
+        return RankFailed(f"the process that starts the ranks {_ending(self._process.returncode)}", rank=rank)
 
     def _ask(self, order: object, limit: float, fd: int | None = None) -> Any:
         self._limit = limit

@@ -1,139 +1,196 @@
-"""What plans hold in memory on a random SDXL-shaped U-Net: the pool, predicted and measured, and each rank's peak.
+"""What plans hold in memory: weights, the pool as predicted and as measured, and the peak of each rank.
 
     python benchmarks/memory.py --out benchmarks/results/memory.json
 
-Every row is run in new processes, each with its own weights: one device, a synchronous plan, a displaced one; batch 1,
-one thread per rank, fp32. The peak is that of the resident set during the calls (VmHWM, Linux), so it counts libraries,
-weights, and the shared memory through which ranks exchange. "At most" is the peak of one device plus the measured pool.
+Every row is a run of the embedded pipeline with a random SDXL-shaped U-Net (see speed.py) in new processes: batch 1,
+fp32, one thread per rank, latents out. What is counted (Linux):
 
-Then a pipeline with that U-Net is loaded onto two processes, once so that they can share its weights and once so that
-they cannot, and the proportional set sizes (PSS: a page of n processes counts 1/n for each) of all its processes are
-added up.
+- weights of its own: pages of the U-Net's weights that only this rank has in memory (/proc/PID/pagemap, bit 56);
+- pool: what the rank keeps between denoiser calls, after the last one;
+- peak per rank: the largest resident set during the run (VmHWM), which counts libraries, shared weights and the shared
+  memory of the exchange in full for every rank; the rank with the largest;
+- all processes: the largest sum of proportional sets (PSS: a page of n processes counts 1/n for each) of the ranks and
+  the process that they were forked from, ten samples a second.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing as mp
 import os
-import platform
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
-from speed import inputs, join, run, run_plan, sdxl_shaped_unet
+from speed import inputs, sdxl_shaped_unet, write_rows
 
 from distrifusion import Plan, demo, load
-from distrifusion.in_place import SingleTransport
+from distrifusion.denoiser import ParallelDenoiser
 from distrifusion.memory.prediction import pool_bytes
 
 ONE_DEVICE = "one device"
+PLANS = (
+    ONE_DEVICE,
+    "patch{n}",
+    "patch{n}.displaced.w1",
+    "patch{n}.displaced.all.w1",
+    "patch{n}.displaced.forecast.w1",
+    "patch{n}.delta4",
+)
+_PIXELS = 8  # rows of the picture for each of the latents
+_PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
-def memory_of(pid: int | str, table: str, name: str) -> int:
+def noted(pid: int, table: str, name: str) -> int:
     """Bytes that Linux notes of a process under a name in `status` or `smaps_rollup`."""
     lines = Path(f"/proc/{pid}/{table}").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
 
 
-@torch.no_grad()
-def weigh_rank(rank: int, text: str, latents: int, calls: int, port: int, path: Path) -> None:
-    """Run calls of a plan as one rank, and write what this process held before, at its peak, and in its pool."""
-    torch.set_num_threads(1)
-    plan = None if text == ONE_DEVICE else Plan.parse(text)
-    transport = join(rank, port, plan.num_ranks, sockets=False) if plan else SingleTransport()
-    unet, arguments = sdxl_shaped_unet(), inputs(1, latents)
-    row = {"rank": rank, "rest_bytes": memory_of("self", "status", "VmRSS"), "pool_bytes": 0, "predicted_bytes": 0}
-    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-    if plan is None:
-        run(unet, arguments, calls, lambda: None)
-    else:
-        row["pool_bytes"] = run_plan(unet, plan, transport, arguments, calls)["kept_bytes"]
-        row["predicted_bytes"] = pool_bytes(unet, plan, rank, arguments["sample"].shape, torch.float32).total()
-    row["peak_bytes"] = memory_of("self", "status", "VmHWM")
-    path.with_suffix(f".{rank}").write_text(json.dumps(row))
+def own_bytes(pid: int, places: Sequence[tuple[int, int]]) -> int:
+    """Bytes at some addresses of a process, given with their lengths, whose pages nobody else has in memory."""
+    pages = 0
+    with Path(f"/proc/{pid}/pagemap").open("rb", buffering=0) as table:
+        for address, length in places:
+            first, last = address // _PAGE, (address + length - 1) // _PAGE
+            table.seek(first * 8)
+            entries = torch.frombuffer(bytearray(table.read((last - first + 1) * 8)), dtype=torch.int64)
+            pages += int((entries >> 56 & 1).sum())
+    return pages * _PAGE
 
 
-def weigh(text: str, pixels: int, calls: int, folder: Path) -> dict[str, Any]:
-    """The rank of a plan that held most at its peak."""
+def pipeline(folder: Path, alone: bool) -> Any:
+    """The pipeline, which notes where its weights are and what its pool holds; `alone`: no process can share it."""
+    if alone:
+        threading.Thread(target=time.sleep, args=(1e6,), daemon=True).start()
+    unet = sdxl_shaped_unet()
+    (folder / f"{os.getpid()}.weights").write_text(json.dumps([(p.data_ptr(), p.nbytes) for p in unet.parameters()]))
+    unet.register_forward_hook(partial(note_pool, folder))
+    return diffusers.StableDiffusionXLPipeline.from_pretrained(
+        demo.path(), unet=unet, text_encoder=None, text_encoder_2=None
+    )
+
+
+def note_pool(folder: Path, unet: Any, *_: object) -> None:
+    """After a denoiser call: what this rank's pool holds."""
+    denoiser = ParallelDenoiser.dividing(unet)
+    (folder / f"{os.getpid()}.pool").write_text(str(denoiser.pool.num_bytes if denoiser else 0))
+
+
+@contextmanager
+def watched(pids: Sequence[int]) -> Iterator[list[int]]:
+    """What is yielded holds the largest sum of the processes' proportional sets so far."""
+    largest, stop = [0], threading.Event()
+
+    def watch() -> None:
+        while not stop.wait(0.1):
+            largest[0] = max(largest[0], sum(noted(pid, "smaps_rollup", "Pss") for pid in pids))
+
+    watching = threading.Thread(target=watch, daemon=True)
+    watching.start()
+    try:
+        yield largest
+    finally:
+        stop.set()
+        watching.join()
+
+
+def measure(text: str, latents: int, steps: int, alone: bool, folder: Path) -> None:
+    """Run a plan and write its row; for a new process, which is the rank itself on one device."""
     num_ranks = 1 if text == ONE_DEVICE else Plan.parse(text).num_ranks
-    store = dist.TCPStore("127.0.0.1", 0, num_ranks, is_master=True, wait_for_workers=False)
-    mp.spawn(weigh_rank, args=(text, pixels // 8, calls, store.port, folder / "row"), nprocs=num_ranks)
-    rows = [json.loads((folder / "row").with_suffix(f".{rank}").read_text()) for rank in range(num_ranks)]
-    return {"pixels": pixels, "plan": text, "calls": calls, **max(rows, key=lambda row: row["peak_bytes"])}
+    plan = None if text == ONE_DEVICE else text
+    with load(partial(pipeline, folder, alone), devices=num_ranks, plan=plan, threads=1) as pipe:
+        pids = pipe.pids if plan else (os.getpid(),)
+        forked_from = {int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]) for pid in pids}
+        pipe.set_progress_bar_config(disable=True)
+        arguments = inputs(1, latents)
+        texts = {
+            "prompt_embeds": arguments["encoder_hidden_states"],
+            "pooled_prompt_embeds": arguments["added_cond_kwargs"]["text_embeds"],
+        }
+        options = {"guidance_scale": 1.0, "output_type": "latent", "num_inference_steps": steps}
+        for pid in pids:
+            Path(f"/proc/{pid}/clear_refs").write_text("5")  # the peak counts from here
+        with watched((*pids, *forked_from) if plan else pids) as largest:
+            pipe(**texts, **options, height=_PIXELS * latents, width=_PIXELS * latents)
+        row = {"ranks": [rank_row(pid, folder) for pid in pids], "all_bytes": largest[0]}
+    (folder / "row").write_text(json.dumps(row))
 
 
-def pipeline(alone: bool) -> Callable[[], Any]:
-    """A factory of the embedded model's pipeline with a large random U-Net; `alone`: no process can share it."""
-
-    def build() -> Any:
-        if alone:
-            threading.Thread(target=time.sleep, args=(1e6,), daemon=True).start()
-        return diffusers.StableDiffusionXLPipeline.from_pretrained(demo.path(), unet=sdxl_shaped_unet())
-
-    return build
-
-
-def weigh_weights(num_ranks: int) -> list[dict[str, Any]]:
-    """Sums of proportional set sizes of all processes of a loaded pipeline, and seconds of loading."""
-    rows = []
-    for alone in (True, False):
-        start = time.perf_counter()
-        with load(pipeline(alone), devices=num_ranks, plan=f"patch{num_ranks}", threads=1) as pipe:
-            seconds = time.perf_counter() - start
-            parent = int(Path(f"/proc/{pipe.pids[0]}/stat").read_text().rpartition(")")[2].split()[1])
-            sizes = [memory_of(pid, "smaps_rollup", "Pss") for pid in (parent, *pipe.pids)]
-        rows.append({"shared": not alone, "seconds": seconds, "pss_bytes": sizes})
-    return rows
+def rank_row(pid: int, folder: Path) -> dict[str, int]:
+    """What was measured of one rank."""
+    own = folder / f"{pid}.weights"
+    places = json.loads((own if own.exists() else next(folder.glob("*.weights"))).read_text())
+    return {
+        "weight_bytes": sum(length for _, length in places),
+        "own_weight_bytes": own_bytes(pid, places),
+        "pool_bytes": int((folder / f"{pid}.pool").read_text()),
+        "peak_bytes": noted(pid, "status", "VmHWM"),
+    }
 
 
-def report(rows: list[dict[str, Any]], weights: list[dict[str, Any]]) -> None:
-    """Print Markdown tables."""
-    print("| size | plan | pool, predicted | pool, measured | peak per rank | at most |")
-    print("|---|---|---|---|---|---|")
+def weigh(text: str, latents: int, steps: int, alone: bool = False) -> dict[str, Any]:
+    """The row of a plan: of the rank with the highest peak, and of all processes together."""
+    with tempfile.TemporaryDirectory() as folder:
+        process = mp.get_context("spawn").Process(target=measure, args=(text, latents, steps, alone, Path(folder)))
+        process.start()
+        process.join()
+        if process.exitcode:
+            raise SystemExit(f"the run of {text} failed; see above")
+        measured = json.loads((Path(folder) / "row").read_text())
+    ranks = measured.pop("ranks")
+    rank = max(range(len(ranks)), key=lambda rank: ranks[rank]["peak_bytes"])
+    predicted = 0
+    if text != ONE_DEVICE:
+        with torch.device("meta"):
+            unet = sdxl_shaped_unet()
+        predicted = pool_bytes(unet, Plan.parse(text), rank, (1, 4, latents, latents), torch.float32).total()
+    facts = {"latents": latents, "plan": text, "alone": alone, "rank": rank, "predicted_bytes": predicted}
+    return {**facts, **ranks[rank], **measured}
+
+
+def report(rows: list[dict[str, Any]]) -> None:
+    """Print a Markdown table, in MB."""
+    print(
+        "| picture | plan | weights of its own | pool, predicted | pool, measured | peak per rank | one device + pool "
+        "| all processes |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
+    peaks = {row["latents"]: row["peak_bytes"] for row in rows if row["plan"] == ONE_DEVICE}
     for row in rows:
-        one = next(r for r in rows if (r["pixels"], r["plan"]) == (row["pixels"], ONE_DEVICE))
-        limit = one["peak_bytes"] + row["pool_bytes"]
-        cells = [row["predicted_bytes"], row["pool_bytes"], row["peak_bytes"], limit]
-        numbers = " | ".join(f"{cell / 1e6:.1f} MB" for cell in cells)
-        print(f"| {row['pixels']} | {row['plan']} | {numbers} |")
-    print("\n| weights | sum of PSS | seconds of loading |")
-    print("|---|---|---|")
-    for row in weights:
-        name = "shared" if row["shared"] else "each rank its own"
-        print(f"| {name} | {sum(row['pss_bytes']) / 1e6:.0f} MB | {row['seconds']:.1f} |")
+        limit = peaks[row["latents"]] + row["pool_bytes"]
+        sizes = [row[f"{name}_bytes"] for name in ("own_weight", "predicted", "pool", "peak")]
+        name = row["plan"] if row["plan"] == ONE_DEVICE else f"`{row['plan']}`"
+        name += ", weights not shared" if row["alone"] else ""
+        cells = [f"{num_bytes / 1e6:.1f}" for num_bytes in (*sizes, limit, row["all_bytes"])]
+        print(f"| {_PIXELS * row['latents']} | {name} | {' | '.join(cells)} |")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--sizes", default="512,1024,2048", help="pixels a side, joined by commas")
-    parser.add_argument("--calls", type=int, default=2, help="denoiser calls of every run")
+    parser.add_argument("--latents", default="64,128,256", help="rows and columns of the latents, joined by commas")
+    parser.add_argument("--steps", type=int, default=3, help="of a run")
     parser.add_argument("--out", type=Path, default=Path("memory.json"))
     options = parser.parse_args()
-    plans = (ONE_DEVICE, f"patch{options.ranks}", f"patch{options.ranks}.displaced.w0")
-    sizes = [int(size) for size in options.sizes.split(",")]
-    with tempfile.TemporaryDirectory() as folder:
-        rows = [weigh(plan, pixels, options.calls, Path(folder)) for pixels in sizes for plan in plans]
-    weights = weigh_weights(options.ranks)
-    report(rows, weights)
-    versions = {"torch": torch.__version__, "diffusers": diffusers.__version__, "python": platform.python_version()}
-    document = {
-        "options": {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()},
-        "versions": {**versions, "machine": f"{platform.machine()}, {os.cpu_count()} cores"},
-        "rows": rows,
-        "weights": weights,
-    }
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(document, indent=1) + "\n")
+    sizes = [int(size) for size in options.latents.split(",")]
+    plans = [text.format(n=options.ranks) for text in PLANS]
+    rows = [weigh(text, latents, options.steps) for latents in sizes for text in plans]
+    rows.append(weigh(plans[1], sizes[0], options.steps, alone=True))
+    report(rows)
+    write_rows(options, rows, [])
 
 
 if __name__ == "__main__":
-    main()
+    import memory  # by a name that ranks can import too
+
+    memory.main()

@@ -81,6 +81,8 @@ def test_a_source_that_leaves_threads_behind_is_opened_by_every_rank(sdxl_folder
     with load(counted(sdxl_folder, calls, start_a_thread), devices=2) as pipe:
         first, *ranks = opened_by(calls)
         assert first not in pipe.pids and sorted(ranks) == sorted(pipe.pids)
+        # The process has begun anew: ranks are forked from it, and import nothing.
+        assert all(b"fork_server" in Path(f"/proc/{pid}/cmdline").read_bytes() for pid in ranks)
         pipe.set_progress_bar_config(disable=True)
         assert pipe("a", num_inference_steps=1, output_type="latent").images.isfinite().all()
 

@@ -132,8 +132,7 @@ class ParallelDenoiser(Division):
         timestep = batched.get("timestep", 0)
         self.exchange.begin(self._pacing.policy(layout.team, layout.index, state, timestep, sample.device))
         if state is not None and self.plan.kept and state.calls == 0:
-            shape = tuple(call.sample.shape)
-            question = Question(self._anatomy.sites(self.model), num_levels, shape, call.sample.dtype)
+            question = Question(self._anatomy.sites(self.model), num_levels, call.sample.shape, call.sample.dtype)
             check_fits(question, self.plan, self.exchange, call.sample.device)
         spatial = _map(call.spatial, partial(self._own_part, take, num_rows))
         own = self._patch.cut(sample)

@@ -98,12 +98,11 @@ def check_fits(question: Question, plan: Plan, exchange: Exchange, device: torch
 
 def _agree(exchange: Exchange, device: torch.device, wanted: int) -> Places:
     """Every rank's place and the least that a rank of a place found free there."""
-    transport = exchange.transport
     name = running_system() if device.type == "cpu" else f"{running_system()} {device}"
     own = torch.tensor([zlib.crc32(name.encode()), free_bytes(device, wanted)], device=device)
-    shapes = {rank: own.shape for rank in range(transport.world_size) if rank != transport.rank}
-    answers = {transport.rank: own, **exchange.collect("free memory", own, shapes).wait()}
-    found = [tuple(answers[rank].tolist()) for rank in range(transport.world_size)]
+    shapes = {rank: own.shape for rank in range(exchange.transport.world_size) if rank != exchange.transport.rank}
+    answers = {exchange.transport.rank: own, **exchange.collect("free memory", own, shapes).wait()}
+    found = [tuple(answer.tolist()) for _, answer in sorted(answers.items())]
     free = {place: min(n for other, n in found if other == place) for place, _ in found}
     return Places(tuple(place for place, _ in found), free)
 

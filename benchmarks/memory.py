@@ -7,8 +7,9 @@ fp32, one thread per rank, latents out. What is counted (Linux):
 
 - weights of its own: pages of the U-Net's weights that only this rank has in memory (/proc/PID/pagemap, bit 56);
 - pool: what the rank keeps between denoiser calls, after the last one;
-- peak per rank: the largest resident set during the run (VmHWM), which counts libraries, shared weights and the shared
-  memory of the exchange in full for every rank; the rank with the largest;
+- before the run, peak per rank: the resident set and its largest value during the run (VmRSS, VmHWM) of the rank with
+  the highest peak; shared weights and the memory of the exchange count in full for every rank, pages of libraries only
+  where this process has touched them, which one that was forked has done less;
 - all processes: the largest sum of proportional sets (PSS: a page of n processes counts 1/n for each) of the ranks and
   the process that they were forked from, ten samples a second.
 """
@@ -56,15 +57,11 @@ def noted(pid: int, table: str, name: str) -> int:
 
 
 def own_bytes(pid: int, places: Sequence[tuple[int, int]]) -> int:
-    """Bytes at some addresses of a process, given with their lengths, whose pages nobody else has in memory."""
-    pages = 0
-    with Path(f"/proc/{pid}/pagemap").open("rb", buffering=0) as table:
-        for address, length in places:
-            first, last = address // _PAGE, (address + length - 1) // _PAGE
-            table.seek(first * 8)
-            entries = torch.frombuffer(bytearray(table.read((last - first + 1) * 8)), dtype=torch.int64)
-            pages += int((entries >> 56 & 1).sum())
-    return pages * _PAGE
+    """Bytes of the pages at some addresses of a process, given with their lengths, that nobody else has in memory."""
+    pages = {p for address, length in places for p in range(address // _PAGE, (address + length - 1) // _PAGE + 1)}
+    with Path(f"/proc/{pid}/pagemap").open("rb") as table:
+        entries = [os.pread(table.fileno(), 8, page * 8) for page in pages]
+    return _PAGE * sum(entry[7] & 1 for entry in entries)  # bit 56: nobody else
 
 
 def pipeline(folder: Path, alone: bool) -> Any:
@@ -119,9 +116,11 @@ def measure(text: str, latents: int, steps: int, alone: bool, folder: Path) -> N
         options = {"guidance_scale": 1.0, "output_type": "latent", "num_inference_steps": steps}
         for pid in pids:
             Path(f"/proc/{pid}/clear_refs").write_text("5")  # the peak counts from here
+        before = [noted(pid, "status", "VmRSS") for pid in pids]
         with watched((*pids, *forked_from) if plan else pids) as largest:
             pipe(**texts, **options, height=_PIXELS * latents, width=_PIXELS * latents)
-        row = {"ranks": [rank_row(pid, folder) for pid in pids], "all_bytes": largest[0]}
+        ranks = [{**rank_row(pid, folder), "rest_bytes": rest} for pid, rest in zip(pids, before, strict=True)]
+        row = {"ranks": ranks, "all_bytes": largest[0]}
     (folder / "row").write_text(json.dumps(row))
 
 
@@ -160,14 +159,14 @@ def weigh(text: str, latents: int, steps: int, alone: bool = False) -> dict[str,
 def report(rows: list[dict[str, Any]]) -> None:
     """Print a Markdown table, in MB."""
     print(
-        "| picture | plan | weights of its own | pool, predicted | pool, measured | peak per rank | one device + pool "
-        "| all processes |"
+        "| picture | plan | weights of its own | pool, predicted | pool, measured | before the run | peak per rank "
+        "| one device + pool | all processes |"
     )
-    print("|---|---|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|---|---|")
     peaks = {row["latents"]: row["peak_bytes"] for row in rows if row["plan"] == ONE_DEVICE}
     for row in rows:
         limit = peaks[row["latents"]] + row["pool_bytes"]
-        sizes = [row[f"{name}_bytes"] for name in ("own_weight", "predicted", "pool", "peak")]
+        sizes = [row[f"{name}_bytes"] for name in ("own_weight", "predicted", "pool", "rest", "peak")]
         name = row["plan"] if row["plan"] == ONE_DEVICE else f"`{row['plan']}`"
         name += ", weights not shared" if row["alone"] else ""
         cells = [f"{num_bytes / 1e6:.1f}" for num_bytes in (*sizes, limit, row["all_bytes"])]

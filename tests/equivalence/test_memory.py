@@ -114,7 +114,7 @@ def test_what_is_predicted_is_what_is_held(
     assert held(unets[family], plan, inputs) == predicted(unets[family], plan, inputs)
 
 
-@pytest.mark.parametrize("layout", ["patch2", "patch3", "cfg2.patch2", "patch3.columns"])
+@pytest.mark.parametrize("layout", ["patch2", "cfg2.patch2", "patch3.columns"])
 @pytest.mark.parametrize(
     "policy",
     [

@@ -128,7 +128,7 @@ def test_what_is_predicted_is_what_is_held(
     ],
 )
 def test_every_policy_holds_what_is_predicted(sdxl: UNet2DConditionModel, layout: str, policy: str) -> None:
-    inputs, plan = unet_inputs(sdxl, 2, 25, 17), f"{layout}.{policy}"
+    inputs, plan = unet_inputs(sdxl, 3, 25, 17), f"{layout}.{policy}"
     found = predicted(sdxl, plan, inputs)
     assert held(sdxl, plan, inputs) == found and min(found) > 0
 
@@ -231,6 +231,7 @@ def test_a_pool_that_just_fits_is_kept(sdxl: UNet2DConditionModel, monkeypatch: 
         ("patch3.displaced.forecast.w0", "patch2.displaced.w0"),
         ("patch3.delta4", "patch2.delta4"),
         ("cfg2.patch2.delta8", "cfg2.patch2"),
+        ("dp2.patch2.delta8", "dp2.patch2"),
     ],
 )
 def test_the_plan_that_is_named_is_the_nearest_that_fits(

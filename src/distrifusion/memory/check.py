@@ -124,7 +124,7 @@ def _near(plan: Plan) -> Iterator[Plan]:
             yield replace(own, cfg=2, patch=own.patch // 2)
     fewer = (own.nearest(n) for n in range(plan.num_ranks - 1, 1, -1) for own in (plan, *thinner))
     yield from (own for own in fewer if not own.exact)
-    yield Plan(cfg=plan.cfg, patch=plan.patch, split=plan.split)
+    yield Plan(dp=plan.dp, cfg=plan.cfg, patch=plan.patch, split=plan.split)
 
 
 def _thinner(plan: Plan) -> Iterator[Plan]:

@@ -19,6 +19,8 @@ from pathlib import Path
 import fidelity
 import speed
 
+import memory
+
 _ROOT = Path(__file__).parents[1]
 _DOCUMENT = _ROOT / "docs" / "measurements.md"
 _RESULTS = _ROOT / "benchmarks" / "results"
@@ -32,6 +34,8 @@ def table(name: str) -> str:
     with redirect_stdout(printed):
         if "bands" in document["options"]:
             fidelity.report(document["rows"])
+        elif "latents" in document["options"]:
+            memory.report(document["rows"])
         else:
             speed.report(document["rows"], document["memory"], argparse.Namespace(**document["options"]))
     return printed.getvalue()

@@ -16,6 +16,7 @@ from distrifusion.division import Division
 from distrifusion.errors import ConfigError, PlanError
 from distrifusion.exchange.pool import CallState, Pool
 from distrifusion.exchange.transport import Transport
+from distrifusion.memory.check import Question, check_fits
 from distrifusion.mesh import CallLayout, RankGrid
 from distrifusion.pacing import Pacing
 from distrifusion.partition import Interval, Level, partition_levels
@@ -130,6 +131,9 @@ class ParallelDenoiser(Division):
         self._patch.begin(PatchStep(levels, layout.index, sample, separate))
         timestep = batched.get("timestep", 0)
         self.exchange.begin(self._pacing.policy(layout.team, layout.index, state, timestep, sample.device))
+        if state is not None and self.plan.kept and state.calls == 0:
+            question = Question(self._anatomy.sites(self.model), num_levels, call.sample.shape, call.sample.dtype)
+            check_fits(question, self.plan, self.exchange, call.sample.device)
         spatial = _map(call.spatial, partial(self._own_part, take, num_rows))
         own = self._patch.cut(sample)
         if past_warmup and self.plan.naive:

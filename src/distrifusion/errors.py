@@ -70,3 +70,19 @@ class OutOfMemory(_RankError, MemoryError):
         rank: the rank that ran out of memory, or None if it is not known which.
         step: the denoising step (from 0) it was in, or None outside the loop.
     """
+
+
+class PoolTooLarge(OutOfMemory):
+    """What a plan would keep between denoiser calls does not fit; found before the first step, on all ranks alike.
+
+    Attributes:
+        needed: bytes, of all ranks that share one memory.
+        free: bytes that are free there.
+        fits: text of the nearest plan that fits.
+    """
+
+    def __init__(self, message: str, *, needed: int = 0, free: int = 0, fits: str = "") -> None:
+        super().__init__(message)
+        self.needed = needed
+        self.free = free
+        self.fits = fits

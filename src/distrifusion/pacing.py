@@ -9,12 +9,11 @@ from typing import Any
 
 import torch
 
-from distrifusion.exchange.codec import Codec
 from distrifusion.exchange.gathering import Sending, Weight
 from distrifusion.exchange.handles import Swap
 from distrifusion.exchange.pool import CallState
 from distrifusion.exchange.verbs import CallPolicy, Exchange
-from distrifusion.plan import CODED_BITS, Norms, Plan, SiteKind
+from distrifusion.plan import Plan
 
 _MOST_STEPS = 2.0  # a forecast goes no further than this many times the last step
 
@@ -25,11 +24,9 @@ class Pacing:
     def __init__(self, plan: Plan, exchange: Exchange) -> None:
         self._plan = plan
         self._exchange = exchange
-        codec = Codec.of(plan.delta) if plan.delta in CODED_BITS else None
-        self._sending = Sending(codec, forecasts=plan.forecast > 0)
-        # Separate statistics use nothing of others, so nothing of theirs is kept.
-        self._stale = plan.stale - {SiteKind.NORM} if plan.norms is Norms.SEPARATE else plan.stale
-        self._keep = self._stale | ({SiteKind.KV} if codec else frozenset())
+        self._sending = Sending.of(plan)
+        self._keep = plan.kept
+        self._stale = plan.stale & plan.kept
 
     def past_warmup(self, state: CallState | None) -> bool:
         """Whether the exact calls of a request are over."""

@@ -157,6 +157,12 @@ class Plan:
         return not self.stale and not self.naive and self.delta not in CODED_BITS
 
     @property
+    def kept(self) -> frozenset[SiteKind]:
+        """Kinds whose values are kept from one denoiser call to the next; separate statistics use nothing of others."""
+        coded = frozenset((SiteKind.KV,)) if self.delta in CODED_BITS else frozenset()
+        return (self.stale - {SiteKind.NORM} if self.norms is Norms.SEPARATE else self.stale) | coded
+
+    @property
     def num_synchronous(self) -> int:
         """Denoiser calls of a request that are exact before others follow; of a plan that is not exact."""
         return self.warmup if self.naive else self.warmup + 1

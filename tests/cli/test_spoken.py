@@ -6,7 +6,7 @@ import pytest
 import torch
 import typer
 
-from distrifusion import Cancelled, ConfigError, OutOfMemory, RankFailed
+from distrifusion import Cancelled, ConfigError, OutOfMemory, PoolTooLarge, RankFailed
 from distrifusion.cli.spoken import spoken_errors
 
 
@@ -16,6 +16,7 @@ from distrifusion.cli.spoken import spoken_errors
         (KeyboardInterrupt(), 130, "interrupted"),
         (Cancelled("stopped after step 3", step=3), 130, "stopped after step 3"),
         (OutOfMemory("rank 1 had not enough memory", rank=1), 2, "rank 1 had not enough memory"),
+        (PoolTooLarge("'patch2' fits", needed=9, free=8, fits="patch2"), 2, "'patch2' fits"),
         (
             torch.OutOfMemoryError("no memory"),
             2,

@@ -14,6 +14,7 @@ from distrifusion.doctor.gpus import Gpu, parse_topology
 from distrifusion.doctor.machine import Machine
 from distrifusion.doctor.network import Network
 from distrifusion.doctor.versions import Package
+from distrifusion.memory import free
 
 GIB = 2**30
 LARGE = Machine("Linux", "a processor", 16, None, 64 * GIB, 60 * GIB, 32 * GIB, 32 * GIB, 4096)
@@ -115,6 +116,9 @@ def test_this_machine() -> None:
 
 def test_limits_of_a_container_are_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(machine, "_CGROUP", tmp_path)
+    monkeypatch.setattr(free, "_CGROUP", tmp_path)
+    monkeypatch.setattr(free, "_OWN_GROUPS", tmp_path / "own")
+    (tmp_path / "own").write_text("0::/\n")
     (tmp_path / "cpu.max").write_text("150000 100000\n")
     (tmp_path / "memory.max").write_text(f"{2**29}\n")
     (tmp_path / "memory.current").write_text(f"{2**28}\n")

@@ -127,7 +127,7 @@ def test_a_synchronous_call_sends_what_the_shapes_say_and_nothing_twice(
 def test_a_displaced_call_sends_the_same_bytes_in_few_messages(sdxl: UNet2DConditionModel, num_bands: int) -> None:
     plan = Plan.parse(f"patch{num_bands}.displaced.all.w0")
     x = unet_inputs(sdxl, BATCH, HEIGHT, WIDTH)
-    synchronous = traffic(sdxl, plan, [x])
+    synchronous = traffic(sdxl, Plan(patch=num_bands), [x])
     displaced = traffic(sdxl, plan, [x, moved(x)])
     sites = [layer for layer, _ in layer_inputs(sdxl, x)]
     num_attention = sum(isinstance(site, Attention) and not site.is_cross_attention for site in sites)

@@ -50,7 +50,7 @@ def doctor(
 
 
 def _lines(found: Examination) -> Iterator[str]:
-    from distrifusion.doctor.machine import size_in_words
+    from distrifusion.memory.free import size_in_words
 
     here = found.machine
     quota = f", limited to {here.cpu_quota:g}" if here.cpu_quota else ""

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from distrifusion.doctor.gpus import Gpu
-from distrifusion.doctor.machine import Machine, size_in_words
+from distrifusion.doctor.machine import Machine
 from distrifusion.doctor.network import Network
 from distrifusion.doctor.versions import Package
+from distrifusion.memory.free import size_in_words
 
 # What one rank takes before it has read any weight: Python, torch and diffusers.
 _RANK_BYTES = 3 * 2**28

@@ -9,13 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import torch
 
+from distrifusion.memory.free import node_memory
 from distrifusion.runtime.devices import num_cores
 
 _CGROUP = Path("/sys/fs/cgroup")
-_GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -48,20 +47,15 @@ class Machine:
 
 def look() -> Machine:
     """The machine as it is now."""
-    memory = psutil.virtual_memory()
-    total, free = memory.total, memory.available
-    limit, used = _read_number("memory.max"), _read_number("memory.current")
-    if limit is not None and limit < total:
-        # Files that were read count as used, and go when memory is needed.
-        total, free = int(limit), min(free, int(limit - (used or 0) + _cached_files()))
+    memory = node_memory()
     shm = os.statvfs("/dev/shm") if Path("/dev/shm").is_dir() else None
     return Machine(
         system=f"{platform.system()} {platform.release()}, {platform.machine()}",
         cpu=cpu_model(),
         cores=num_cores(),
         cpu_quota=_cpu_quota(),
-        memory=total,
-        free_memory=free,
+        memory=memory.total,
+        free_memory=memory.free,
         shm=shm.f_blocks * shm.f_frsize if shm else None,
         free_shm=shm.f_bavail * shm.f_frsize if shm else None,
         open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
@@ -76,11 +70,6 @@ def cpu_model() -> str:
         lines = []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
-
-
-def size_in_words(num_bytes: float) -> str:
-    """Bytes for a reader, such as `1.5 GiB`."""
-    return f"{num_bytes / _GIB:.1f} GiB" if num_bytes >= _GIB else f"{num_bytes / 2**20:.0f} MiB"
 
 
 def devices_in_words(devices: Sequence[torch.device], threads: int | None) -> str:
@@ -100,15 +89,6 @@ def _cpu_quota() -> float | None:
     except (OSError, ValueError):
         quota_us, period_us = _read_number("cpu/cpu.cfs_quota_us"), _read_number("cpu/cpu.cfs_period_us")
         return quota_us / period_us if quota_us and period_us and quota_us > 0 else None
-
-
-def _cached_files() -> float:
-    """Bytes of files that the container holds in memory and would give up."""
-    try:
-        lines = (_CGROUP / "memory.stat").read_text().splitlines()
-    except OSError:
-        return 0.0
-    return next((float(line.split()[1]) for line in lines if line.startswith("inactive_file ")), 0.0)
 
 
 def _read_number(name: str) -> float | None:

@@ -10,9 +10,10 @@ import torch
 from distrifusion.exchange.codec import Codec
 from distrifusion.exchange.posted import Posted
 from distrifusion.exchange.transport import Message, Transport
+from distrifusion.plan import CODED_BITS, Plan
 
 Weight = torch.Tensor | float
-_SAMPLED = 8  # one of so many own tokens tells how far they have moved
+SAMPLED = 8  # one of so many own tokens tells how far they have moved
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,11 @@ class Sending:
 
     codec: Codec | None = None
     forecasts: bool = False
+
+    @classmethod
+    def of(cls, plan: Plan) -> Sending:
+        """As a plan says."""
+        return cls(Codec.of(plan.delta) if plan.delta in CODED_BITS else None, forecasts=plan.forecast > 0)
 
 
 AS_THEY_ARE = Sending()
@@ -71,8 +77,9 @@ class GatherBuffer(Posted):
     @property
     def num_bytes(self) -> int:
         """Bytes of everything that is held."""
-        codes = self._coded.num_bytes if self._coded else 0
-        return self.buffer.nbytes + (0 if self._before is None else self._before.nbytes) + codes
+        coded = self._coded.num_bytes if self._coded else 0
+        held = (self.buffer, *self._sample, *(() if self._before is None else (self._before,)))
+        return sum(tensor.nbytes for tensor in held) + coded
 
     def settle(self) -> None:
         arrives = self._pending is not None
@@ -107,7 +114,7 @@ class GatherBuffer(Posted):
 
     def drift(self, pieces: Iterable[torch.Tensor]) -> torch.Tensor:
         """Squared change and squared size [2] of a sample of the own fresh pieces; infinite change the first time."""
-        before, self._sample = self._sample, [piece[:, ::_SAMPLED].float().clone() for piece in pieces]
+        before, self._sample = self._sample, [piece[:, ::SAMPLED].float().clone() for piece in pieces]
         size = torch.stack([now.square().sum() for now in self._sample]).sum()
         changes = [(now - old).square().sum() for now, old in zip(self._sample, before, strict=False)]
         return torch.stack([torch.stack(changes).sum() if changes else size.new_tensor(torch.inf), size])

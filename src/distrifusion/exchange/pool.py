@@ -16,6 +16,11 @@ PARCEL_SITES = 16
 _ALIGNMENT = 16
 
 
+def padded(num_bytes: int) -> int:
+    """The place that a value of so many bytes takes in a parcel."""
+    return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
+
+
 @dataclass
 class Swapped:
     """The last values that one site sent to, and received from, each peer."""
@@ -24,6 +29,11 @@ class Swapped:
     outgoing: dict[int, torch.Tensor]
     incoming: dict[int, torch.Tensor]
     parcel: Parcel | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes held, in a parcel or alone."""
+        return sum(tensor.nbytes for tensor in (*self.outgoing.values(), *self.incoming.values()))
 
 
 class Parcel(Posted):
@@ -51,6 +61,10 @@ class Parcel(Posted):
         """True when some value was put in since the last post."""
         return bool(self._written)
 
+    @property
+    def num_bytes(self) -> int:
+        return sum(flat.nbytes for flat in (*self._outgoing.values(), *self._incoming.values()))
+
     def messages(self) -> tuple[list[Message], list[Message]]:
         sends = [Message(peer, flat, self.tag) for peer, flat in self._outgoing.items()]
         return sends, [Message(peer, flat, self.tag) for peer, flat in self._incoming.items()]
@@ -65,9 +79,9 @@ def _flatten(groups: list[dict[int, torch.Tensor]]) -> dict[int, torch.Tensor]:
     flats = {}
     for peer in sorted({peer for group in groups for peer in group}):
         tensors = [group[peer] for group in groups if peer in group]
-        padded = [-(-t.nbytes // _ALIGNMENT) * _ALIGNMENT for t in tensors]
-        flats[peer] = torch.zeros(sum(padded), dtype=torch.uint8, device=tensors[0].device)
-        pieces = iter(flats[peer].split(padded))
+        places = [padded(t.nbytes) for t in tensors]
+        flats[peer] = torch.zeros(sum(places), dtype=torch.uint8, device=tensors[0].device)
+        pieces = iter(flats[peer].split(places))
         for group in groups:
             if peer in group:
                 old = group[peer]
@@ -106,6 +120,12 @@ class CallState:
         yield from self.gathers.values()
         yield from {id(s.parcel): s.parcel for s in self.swaps.values() if s.parcel is not None}.values()
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all values held."""
+        alone = sum(swapped.num_bytes for swapped in self.swaps.values() if swapped.parcel is None)
+        return alone + sum(posted.num_bytes for posted in self.posted())
+
 
 class Pool:
     """Call states by request, slot and shape; a request's states end with it."""
@@ -130,6 +150,5 @@ class Pool:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the gather buffers held now."""
-        states = (state for slots in self._states.values() for state in slots.values())
-        return sum(gather.num_bytes for state in states for gather in state.gathers.values())
+        """Bytes of all values held now."""
+        return sum(state.num_bytes for slots in self._states.values() for state in slots.values())

@@ -27,6 +27,11 @@ class Posted(ABC):
             self._pending.wait()
             self._pending = None
 
+    @property
+    @abstractmethod
+    def num_bytes(self) -> int:
+        """Bytes held."""
+
     @abstractmethod
     def messages(self) -> tuple[list[Message], list[Message]]:
         """What to send and what to receive."""

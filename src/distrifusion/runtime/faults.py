@@ -34,10 +34,20 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError)
 
 
-def out_of_memory(error: BaseException, rank: int, step: int | None) -> OutOfMemory:
-    """The error for the caller, with what can be done."""
+def typed(error: Exception, rank: int | None, step: int | None) -> Exception:
+    """The error itself, or `OutOfMemory` caused by it."""
+    if not is_out_of_memory(error):
+        return error
+    short = out_of_memory(error, rank, step)
+    short.__cause__ = error
+    return short
+
+
+def out_of_memory(error: BaseException, rank: int | None, step: int | None) -> OutOfMemory:
+    """The error for the caller, with what can be done; `rank` None is the process that opens for all ranks."""
+    who = "opening the pipeline" if rank is None else f"rank {rank}"
     return OutOfMemory(
-        f"rank {rank} ran out of memory {where(step)}: {str(error) or type(error).__name__}; a smaller picture, half "
+        f"{who} ran out of memory {where(step)}: {str(error) or type(error).__name__}; a smaller picture, half "
         "precision (torch_dtype=torch.float16) or a plan of more ranks needs less on each",
         rank=rank,
         step=step,

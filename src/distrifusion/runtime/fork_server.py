@@ -1,8 +1,11 @@
 """The process that starts the ranks of one pipeline: it imports the libraries once and forks a rank when it is asked.
 
-Importing torch and diffusers takes seconds and a few hundred megabytes, which ranks forked here share. A fork takes
-only the thread that calls it along, so this process never has a second one and never touches an accelerator; where
-libraries do either on import, or off Linux, ranks are programs of their own that import for themselves.
+Importing torch and diffusers takes seconds and a few hundred megabytes, which ranks forked here share. For ranks on CPU
+it opens the pipeline too: they share its weights page by page, and a rank that writes to a page gets its own copy.
+
+A fork takes only the thread that calls it along, so this process never has a second one and never touches an
+accelerator. Where opening the pipeline does either, this process begins anew and every rank opens it; where libraries
+do so on import, or off Linux, ranks are programs of their own that import for themselves too.
 
 It ends with the caller, and its ranks end with it.
 """
@@ -22,9 +25,20 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from distrifusion.runtime.line import Line, PeerGone
+
+
+@dataclass(frozen=True)
+class OpenOnce:
+    """Open the pipeline for all ranks that are started afterwards, if they can be forked. Answer: a Failure or None.
+
+    Attributes:
+        payload: rank 0's `Open`, packed.
+    """
+
+    payload: bytes
 
 
 @dataclass(frozen=True)
@@ -60,6 +74,7 @@ class ForkServer:
     board: int
     num_ranks: int
     parent: int
+    pipe: Any = None
     running: set[int] = field(default_factory=set)
     exits: dict[int, int] = field(default_factory=dict)
 
@@ -67,6 +82,8 @@ class ForkServer:
         """Do what the caller asks until it is gone."""
         while True:
             match self.line.receive():
+                case OpenOnce(payload):
+                    self._open_once(payload)
                 case StartRank() as order:
                     fd = self.line.receive_fd()
                     pid = self._fork(order, fd) if _may_fork() else self._spawn(order, fd)
@@ -101,6 +118,18 @@ class ForkServer:
                 self.running.discard(pid)
                 self.exits[pid] = os.waitstatus_to_exitcode(status)
 
+    def _open_once(self, payload: bytes) -> None:
+        from distrifusion.runtime import opening
+
+        if not _may_fork():
+            self.line.send(None)
+            return
+        self.pipe, failure = opening.open_once(payload)
+        self.line.send(failure)
+        if not _may_fork():
+            _begin_anew()
+        gc.freeze()
+
     def _fork(self, order: StartRank, fd: int) -> int:
         server = os.getpid()
         pid = os.fork()
@@ -114,7 +143,7 @@ class ForkServer:
 
         self.line.close()
         worker.set_loudness(order.verbosity, order.warns)
-        worker.run(order.rank, fd, self.board, self.num_ranks, server)
+        worker.run(order.rank, fd, self.board, self.num_ranks, server, self.pipe)
 
     def _spawn(self, order: StartRank, fd: int) -> int:
         numbers = {
@@ -137,6 +166,13 @@ def _may_fork() -> bool:
     if sys.platform != "linux" or len(os.listdir("/proc/self/task")) > 1:
         return False
     return "libcuda.so" not in Path("/proc/self/maps").read_text()
+
+
+def _begin_anew() -> NoReturn:
+    """Become a process without the threads that opening the pipeline left behind; there are no ranks yet."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def exit_after(work: Callable[[], None]) -> NoReturn:

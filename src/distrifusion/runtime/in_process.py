@@ -18,7 +18,7 @@ from distrifusion.errors import ConfigError
 from distrifusion.plan import Plan
 from distrifusion.runtime import attributes, source
 from distrifusion.runtime.cancelling import Boundaries, OwnAgreement, StoreAgreement
-from distrifusion.runtime.faults import is_out_of_memory, out_of_memory
+from distrifusion.runtime.faults import typed
 from distrifusion.runtime.pipeline import EndedRun, LoadedPipeline, tensor_inputs
 from distrifusion.runtime.stepping import WatchedBars
 from distrifusion.runtime.timing import StepClock
@@ -59,9 +59,10 @@ class InProcessPipeline(LoadedPipeline):
             with _threads(self.threads), tracer or nullcontext():
                 output = self._pipe(**{**arguments, **followed})
         except Exception as error:
-            if not is_out_of_memory(error):
+            short = typed(error, self.rank, self._boundaries.step)
+            if short is error:
                 raise
-            raise out_of_memory(error, self.rank, self._boundaries.step) from error
+            raise short from error
         times = clock.times()
         return EndedRun(output, times, tracer.collect() if tracer else [])
 

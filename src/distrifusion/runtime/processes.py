@@ -23,10 +23,10 @@ import transformers
 from distrifusion.errors import RankFailed, StepTimeout
 from distrifusion.plan import Plan
 from distrifusion.runtime.board import Board
-from distrifusion.runtime.fork_server import AskExit, EndRanks, StartRank
+from distrifusion.runtime.fork_server import AskExit, EndRanks, OpenOnce, StartRank
 from distrifusion.runtime.line import Line, PeerGone
 from distrifusion.runtime.source import Source
-from distrifusion.runtime.wire import Close
+from distrifusion.runtime.wire import Close, Failure
 
 # Seconds that a process may be stopped: Ctrl-Z stops and continues the caller and the workers one by one.
 GRACE_STOPPED = 3.0
@@ -88,6 +88,21 @@ class RankStarter:
         """True while ranks can be started."""
         return self._process.poll() is None
 
+    def open_once(self, payload: bytes) -> Failure | None:
+        """Open the pipeline for all ranks that are started afterwards, where they can share it.
+
+        Args:
+            payload: rank 0's `Open`, packed.
+
+        Raises:
+            RankFailed: if the fork server is gone.
+            StepTimeout: if it takes longer than `start_timeout`.
+        """
+        try:
+            return self._ask(OpenOnce(payload), self._start_timeout)
+        except PeerGone:
+            raise self._gone() from None
+
     def start(self, rank: int) -> tuple[int, Line]:
         """Start the process of a rank; returns its id and the line to it.
 
@@ -105,8 +120,7 @@ class RankStarter:
                 here.close()
                 if not isinstance(error, PeerGone):
                     raise
-                ended = _ending(self._process.poll())
-                raise RankFailed(f"the process that starts the ranks {ended}", rank=rank) from None
+                raise self._gone(rank) from None
         return pid, Line(here)
 
     def exit_of(self, pid: int) -> int | None:
@@ -126,6 +140,11 @@ class RankStarter:
         self._process.kill()
         self._process.wait()
         self._line.close()
+
+    def _gone(self, rank: int | None = None) -> RankFailed:
+        with suppress(subprocess.TimeoutExpired):  # its line is cut before its exit status is known
+            self._process.wait(_TRACE)
+        return RankFailed(f"the process that starts the ranks {_ending(self._process.returncode)}", rank=rank)
 
     def _ask(self, order: object, limit: float, fd: int | None = None) -> Any:
         self._limit = limit

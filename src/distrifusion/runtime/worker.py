@@ -30,9 +30,10 @@ from distrifusion.runtime import attributes, randomness
 from distrifusion.runtime.board import Board
 from distrifusion.runtime.cancelling import BoardAgreement, Boundaries
 from distrifusion.runtime.counting import CountedTransport
-from distrifusion.runtime.faults import is_out_of_memory, out_of_memory
+from distrifusion.runtime.faults import typed
 from distrifusion.runtime.fork_server import exit_after
 from distrifusion.runtime.line import Line, PeerGone
+from distrifusion.runtime.opening import prepare
 from distrifusion.runtime.operations import (
     Call,
     CallResult,
@@ -68,10 +69,11 @@ _PR_SET_PDEATHSIG = 1
 class Worker:
     """The state of one rank: its line to the caller, its place, and after `Open` its pipeline."""
 
-    def __init__(self, rank: int, line: Line, board: Board) -> None:
+    def __init__(self, rank: int, line: Line, board: Board, opened: Any) -> None:
         self.rank = rank
         self.line = line
         self.board = board
+        self.opened = opened
         self.boundaries = Boundaries(BoardAgreement(board, rank), partial(board.write, rank))
         self.device = torch.device("cpu")
         self.pipe: Any = None
@@ -115,29 +117,20 @@ class Worker:
             reply = Reply(request.id, pack(value)[0])
         except Exception as error:
             states = randomness.capture(self.device, generators)
-            reply = Reply(request.id, failure=Failure.of(self._typed(error), self.boundaries.step, pack(states)[0]))
+            error = typed(error, self.rank, self.boundaries.step)
+            reply = Reply(request.id, failure=Failure.of(error, self.boundaries.step, pack(states)[0]))
         self.line.send(reply)
-
-    def _typed(self, error: Exception) -> Exception:
-        if not is_out_of_memory(error):
-            return error
-        typed = out_of_memory(error, self.rank, self.boundaries.step)
-        typed.__cause__ = error
-        return typed
 
     def _open(self, op: Open, request: int, generators: Generators) -> PipelineFacts:
         self.device = torch.device(op.device)
-        sys.argv[:] = op.argv
-        if not op.bars:
-            diffusers.utils.logging.disable_progress_bar()
-            transformers.utils.logging.disable_progress_bar()
+        prepare(op)
         torch.set_num_threads(op.threads)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         limit = datetime.timedelta(seconds=op.limit)
         store = dist.TCPStore("127.0.0.1", op.port, is_master=False, timeout=limit)
         dist.init_process_group(op.backend, store=store, rank=self.rank, world_size=self.board.num_ranks, timeout=limit)
-        pipe = op.source.open(self.device)
+        pipe = op.source.open(self.device) if self.opened is None else self.opened
         # Before parallelize gives it a class of its own, which the caller could not import.
         facts = facts_of(pipe)
         assert dist.group.WORLD is not None, "initialised above"
@@ -216,16 +209,17 @@ def set_loudness(verbosity: Mapping[str, int], warns: bool) -> None:
         warnings.simplefilter("ignore")
 
 
-def run(rank: int, line: int, board: int, num_ranks: int, parent: int) -> None:
+def run(rank: int, line: int, board: int, num_ranks: int, parent: int, opened: Any = None) -> None:
     """Serve one rank until the caller or this process's parent is gone.
 
     Args:
         line: file descriptor of this end of the line to the caller.
         board: file descriptor of the board.
         parent: process id of the fork server.
+        opened: the pipeline, where the fork server has opened it; None if this rank is to open it.
     """
     _end_with(parent)
-    worker = Worker(rank, Line(socket.socket(fileno=line)), Board(board, num_ranks))
+    worker = Worker(rank, Line(socket.socket(fileno=line)), Board(board, num_ranks), opened)
     with contextlib.suppress(PeerGone):  # nobody is there to be told
         worker.serve()
 

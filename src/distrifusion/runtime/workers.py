@@ -92,9 +92,10 @@ class Workers:
         self.end()
         self._early = {}
         self.board.clear()
-        if self._starter is None or not self._starter.is_alive:
-            self._starter = RankStarter(self.crew, self.board)
         try:
+            if self._starter is None or not self._starter.is_alive:
+                self._starter = RankStarter(self.crew, self.board)
+                self._open_once(self._starter)
             self._started = Processes.start(self.crew, self._starter)
             opens = [self._open(rank, self._started.store.port) for rank in range(len(self.crew.devices))]
             self.facts = self.request(opens, self.crew.start_timeout)[0]
@@ -166,6 +167,14 @@ class Workers:
         starter, self._starter = self._starter, None
         if starter is not None:
             starter.close()
+
+    def _open_once(self, starter: RankStarter) -> None:
+        """Let ranks on CPU share the memory of one pipeline."""
+        if self.crew.devices[0].type != "cpu":
+            return
+        failure = starter.open_once(self._open(0, 0))
+        if failure is not None:
+            raise failure.error() if failure.is_out_of_memory else RaisedAlike(failure)
 
     def _open(self, rank: int, port: int) -> bytes:
         crew = self.crew

@@ -212,7 +212,7 @@ class PatchStrategy:
         return norm(x) if conv is None else self._stand_in(x, conv, self._activated(x, norm, conv, halo))
 
     def _activated(self, x: torch.Tensor, norm: Affine, conv: ConvSite, halo: Halo | None) -> Rows:
-        """A band, normed and activated, in what surrounds it: `halo` has that as the norm's input, or it is asked for."""
+        """A band, normed and activated, in what surrounds it, which `halo` has as the norm's input if given."""
         dim = self.step.dim
 
         def write(place: torch.Tensor, part: Interval) -> None:

@@ -191,9 +191,9 @@ def test_every_layer_of_a_rank_holds_its_band_alone(vaes: dict[str, AutoencoderK
 
     for seen in on_ranks(vae, 4, work):
         assert len(seen) > 30
-        # Two rows of latents each; an activation has the border rows of the convolution around its own.
+        # Two rows of latents each.
         assert max(rows for _, rows in seen) == 16
-        assert {rows for name, rows in seen if name.startswith("mid_block")} == {2, 4}
+        assert {rows for name, rows in seen if name.startswith("mid_block")} == {2}
 
 
 def test_outside_a_block_of_calls_each_rank_is_alone(vaes: dict[str, AutoencoderKL]) -> None:

@@ -23,7 +23,7 @@ from distrifusion.partition import Interval, Level
 from distrifusion.plan import Norms, SiteKind, Split
 from distrifusion.strategies.attach import Attachment
 from distrifusion.strategies.moments import Affine, corrected_moments, local_moments, merge_moments
-from distrifusion.strategies.strips import Made, Piece, Rows, convolve, empty_rows, reach
+from distrifusion.strategies.strips import Made, Piece, Rows, convolve, empty_rows, layout_read_by, reach
 
 Forward = Callable[..., torch.Tensor]
 
@@ -224,7 +224,7 @@ class PatchStrategy:
         level = self.step.levels[conv.level]
         assert level.bands is not None
         want, band = input_rows(conv.module, dim, level.bands[self.step.index]), level.bands[self.step.index]
-        room = empty_rows(x, dim, len(want))
+        room = empty_rows(x, dim, len(want), layout_read_by(conv.module))
         inside = room.narrow(dim, band.start - want.start, len(band))
         write(inside, Interval(0, len(band)))
         self._halo(conv, inside).fill(room)

@@ -6,7 +6,6 @@ system gives large blocks out anew each time, page by page: what is done strip b
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -42,8 +41,8 @@ class Rows:
     """What a convolution reads, padding along the cut included.
 
     Args:
-        like: a tensor [B, C, H, W] of the same batch, type, device and memory format, and as long across the cut
-            unless `across` says otherwise.
+        like: a tensor [B, C, H, W] of the same batch, type and device, and as long across the cut unless `across`
+            says otherwise.
         dim: dimension of the cut, 2 or 3.
         pieces: the rows in order.
         across: length across the cut.
@@ -63,8 +62,8 @@ class Rows:
         """Size of all rows."""
         return len(self) * self._across * self._like.shape[0] * self._like.shape[1] * self._like.element_size()
 
-    def read(self, wanted: Interval) -> torch.Tensor:
-        """An interval of the rows; where they lie in one piece as they are, a view of it."""
+    def read(self, wanted: Interval, layout: torch.memory_format = torch.contiguous_format) -> torch.Tensor:
+        """An interval of the rows; where they lie in one piece as they are, a view of it, in its own layout."""
         room: torch.Tensor | None = None
         start = 0
         for piece in self._pieces:
@@ -74,15 +73,12 @@ class Rows:
             if isinstance(piece, torch.Tensor) and part == wanted:
                 return self._narrow(piece, inside)
             if len(part):
-                room = self.room(len(wanted)) if room is None else room
+                if room is None:
+                    room = empty_rows(self._like, self.dim, len(wanted), layout, self._across)
                 self._write(room.narrow(self.dim, part.start - wanted.start, len(part)), piece, inside)
             start = stop
         assert room is not None
         return room
-
-    def room(self, length: int) -> torch.Tensor:
-        """A tensor for so many rows, empty."""
-        return empty_rows(self._like, self.dim, length, self._across)
 
     def _length(self, piece: Piece) -> int:
         match piece:
@@ -106,24 +102,30 @@ class Rows:
                 place.zero_()
 
 
-def empty_rows(like: torch.Tensor, dim: int, length: int, across: int | None = None) -> torch.Tensor:
+def empty_rows(
+    like: torch.Tensor, dim: int, length: int, layout: torch.memory_format, across: int | None = None
+) -> torch.Tensor:
     """An empty tensor like one [B, C, H, W], of this length along the cut, maybe of another across it."""
     shape = list(like.shape)
     shape[dim] = length
     if across is not None:
         shape[5 - dim] = across
-    layout = torch.channels_last if is_channels_last(like) else torch.contiguous_format
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout)
 
 
-def is_channels_last(x: torch.Tensor) -> bool:
-    """Whether the kernels take x [B, C, ...] for channels-last.
+def layout_read_by(conv: nn.Module) -> torch.memory_format:
+    """The layout of the rows that a convolution reads: that of its weight.
 
-    They go by the strides that they would choose: those of dimensions of length 1, which mean nothing, count too.
+    Rows can come channels-last out of an attention. Convolutions with other weights would hand that on from layer to
+    layer, several times less exact on CPU.
     """
-    channels, *dims = x.shape[1:]
-    inner = (math.prod(dims[i + 1 :]) * channels for i in range(len(dims)))
-    return x.stride() == (math.prod(dims) * channels, 1, *inner)
+    assert isinstance(conv, nn.Conv2d)
+    return _layout_of(conv.weight)
+
+
+def _layout_of(x: torch.Tensor) -> torch.memory_format:
+    channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return torch.channels_last if channels_last else torch.contiguous_format
 
 
 def reach(conv: nn.Module, dim: int) -> tuple[int, int, int]:
@@ -141,15 +143,15 @@ def convolve(conv: nn.Module, rows: Rows) -> torch.Tensor:
     padding[dim - 2] = 0
     run = partial(F.conv2d, weight=conv.weight, bias=conv.bias, stride=conv.stride, padding=tuple(padding))
     run = partial(run, dilation=conv.dilation, groups=conv.groups)
-    num_strips = -(-rows.nbytes // _STRIP_BYTES)
+    layout, num_strips = layout_read_by(conv), -(-rows.nbytes // _STRIP_BYTES)
     if num_strips == 1 or conv.weight.device.type != "cpu" or torch.is_grad_enabled():
-        return run(rows.read(Interval(0, len(rows))))
+        return run(rows.read(Interval(0, len(rows)), layout))
     stride, _, extent = reach(conv, dim)
     num_out = (len(rows) - extent) // stride + 1
     out: torch.Tensor | None = None
     for strip in split_evenly(num_out, min(num_out, num_strips)):
-        part = run(rows.read(Interval(strip.start * stride, (strip.stop - 1) * stride + extent)))
-        out = empty_rows(part, dim, num_out) if out is None else out
+        part = run(rows.read(Interval(strip.start * stride, (strip.stop - 1) * stride + extent), layout))
+        out = empty_rows(part, dim, num_out, _layout_of(part)) if out is None else out
         out.narrow(dim, strip.start, len(strip)).copy_(part)
     assert out is not None
     return out

@@ -35,7 +35,7 @@ from diffusers import DDIMScheduler, UNet2DConditionModel
 
 from distrifusion import Plan
 from distrifusion.anatomy import anatomy_of
-from distrifusion.anatomy.base import AttentionSite, ConvSite, EntrySite, NormSite
+from distrifusion.anatomy.base import AttentionSite, ConvSite, EntrySite, NormSite, UpsampleSite
 from distrifusion.denoiser import ParallelDenoiser
 from distrifusion.exchange.codec import Codec
 from distrifusion.exchange.meeting import transport_of
@@ -120,7 +120,15 @@ def run_plan(
     sent, posts, kept = dict(denoiser.exchange.bytes_sent), denoiser.exchange.num_posts, denoiser.pool.num_bytes
     denoiser.close()
     denoiser.detach()
-    return {"seconds": seconds, "bytes_sent": sent, "posts": posts, "kept_bytes": kept}
+    batch, _, size, _ = arguments["sample"].shape
+    expected = expected_bytes(unet, plan, transport.rank, batch, size) if plan.patch > 1 else {}
+    return {
+        "seconds": seconds,
+        "bytes_sent": sent,
+        "bytes_expected": expected,
+        "posts": posts,
+        "kept_bytes": kept,
+    }
 
 
 def expected_bytes(unet: UNet2DConditionModel, plan: Plan, rank: int, batch: int, size: int) -> dict[str, int]:
@@ -129,7 +137,9 @@ def expected_bytes(unet: UNet2DConditionModel, plan: Plan, rank: int, batch: int
     others, total = plan.patch - 1, Counter[str]()
     codec = Codec.of(plan.delta) if plan.delta else None
     neighbours = (rank > 0) + (rank < plan.patch - 1)
-    for site in anatomy_of(unet).sites(unet):
+    sites = anatomy_of(unet).sites(unet)
+    after_upsampling = {site.conv for site in sites if isinstance(site, UpsampleSite)}
+    for site in sites:
         level, module = levels[site.level], site.module
         rows = len(level.bands[rank]) if level.bands else 0
         match site:
@@ -140,7 +150,9 @@ def expected_bytes(unet: UNet2DConditionModel, plan: Plan, rank: int, batch: int
                 total["kv"] += others * (codec.num_bytes(shape) if codec else 4 * math.prod(shape))
             case ConvSite() if not isinstance(site, EntrySite):
                 takers = neighbours if module.stride == (1, 1) else int(rank < plan.patch - 1)
-                total["halo"] += takers * batch * module.in_channels * level.width * 4
+                # What is upsampled travels before: one row of half the width.
+                width = levels[site.level + 1].width if site.name in after_upsampling else level.width
+                total["halo"] += takers * batch * module.in_channels * width * 4
     total["exit"] = others * batch * 4 * len(levels[0].bands[rank]) * size * 4 if levels[0].bands else 0
     return dict(total)
 
@@ -250,7 +262,6 @@ def speedups(rows: list[dict[str, Any]], batch: int, text: str, ranks: int, step
 
 def report(rows: list[dict[str, Any]], weights: list[dict[str, Any]], options: argparse.Namespace) -> None:
     """Print a Markdown table of medians and ranges."""
-    unet = sdxl_shaped_unet()
     print("| batch | plan | per step | of the ceiling | whole run | of the ceiling | posts a call | peak MB per rank |")
     print("|---|---|---|---|---|---|---|---|")
     traffic = []
@@ -266,8 +277,8 @@ def report(rows: list[dict[str, Any]], weights: list[dict[str, Any]], options: a
                 cells += [span([own[i] for own in found], "x"), span(shares[i])]
             cells += [str(last.get("posts", "")), f"{peak[0] / 1e6:.0f}" if peak else ""]
             print(f"| {' | '.join(cells)} |")
-            if text != "together" and (plan := Plan.parse(text)).patch > 1:
-                traffic.append((batch, text, last["bytes_sent"], expected_bytes(unet, plan, 0, batch, options.size)))
+            if text != "together" and Plan.parse(text).patch > 1:
+                traffic.append((batch, text, last["bytes_sent"], last["bytes_expected"]))
     for row in weights:
         if row["plan"] == "alone":
             print(f"\none device, batch {row['batch']}: peak {row['peak_bytes'] / 1e6:.0f} MB", end="")

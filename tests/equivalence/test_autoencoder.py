@@ -27,7 +27,7 @@ from distrifusion.errors import UnsupportedModel
 from distrifusion.exchange.virtual import VirtualTransport, VirtualWorld
 from distrifusion.partition import Interval
 from distrifusion.plan import Split
-from distrifusion.strategies import patch
+from distrifusion.strategies import strips as strips_of
 from models import relative_error, share_weights
 
 Work = Callable[[AutoencoderKL], torch.Tensor]
@@ -120,15 +120,15 @@ def test_other_attention_and_memory_format_equal_one_device(change: Callable[[Au
 def test_convolutions_in_strips_equal_one_device(split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
     """As at sizes that no test can afford; strips of one row are among them."""
     vae, lengths = sd_vae(), set()
-    intact = patch.split_evenly
+    intact = strips_of.split_evenly
 
     def strips(total: int, parts: int) -> tuple[Interval, ...]:
         cut = intact(total, parts)
         lengths.update(map(len, cut))
         return cut
 
-    monkeypatch.setattr(patch, "split_evenly", strips)
-    monkeypatch.setattr(patch, "_STRIP_BYTES", 4096)
+    monkeypatch.setattr(strips_of, "split_evenly", strips)
+    monkeypatch.setattr(strips_of, "_STRIP_BYTES", 4096)
     assert max(errors(vae, 3, *works(vae, 1, 10, 6, (1, 3)), split=split)) <= EXACT
     assert {1, 2, 3} <= lengths
 
@@ -191,9 +191,9 @@ def test_every_layer_of_a_rank_holds_its_band_alone(vaes: dict[str, AutoencoderK
 
     for seen in on_ranks(vae, 4, work):
         assert len(seen) > 30
-        # Two rows of latents each; an activation has the border rows of the convolution around its own.
-        assert max(rows for _, rows in seen) == 16 + 2
-        assert {rows for name, rows in seen if name.startswith("mid_block")} == {2, 4}
+        # Two rows of latents each.
+        assert max(rows for _, rows in seen) == 16
+        assert {rows for name, rows in seen if name.startswith("mid_block")} == {2}
 
 
 def test_outside_a_block_of_calls_each_rank_is_alone(vaes: dict[str, AutoencoderKL]) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
+from diffusers.models.upsampling import Upsample2D
 from division import Inputs
 from torch import nn
 
@@ -96,6 +97,7 @@ def expected_bytes(unet: UNet2DConditionModel, plan: Plan, rank: int, inputs: In
     levels = {level.height: level for level in partition_levels(height, width, 3, plan.patch, plan.split)}
     widths = {level.height * level.width: level for level in levels.values()}
     neighbours = (rank > 0) + (rank < plan.patch - 1)
+    after_upsampling = [m.conv for m in unet.modules() if isinstance(m, Upsample2D)]
     total: Counter[str] = Counter()
     for layer, shape in layer_inputs(unet, inputs):
         if isinstance(layer, nn.GroupNorm):
@@ -107,7 +109,9 @@ def expected_bytes(unet: UNet2DConditionModel, plan: Plan, rank: int, inputs: In
         elif isinstance(layer, nn.Conv2d) and layer.kernel_size == (3, 3) and layer is not unet.conv_in:
             # A strided convolution begins its bands on even rows: it reads one row above and none below.
             takers = neighbours if layer.stride == (1, 1) else int(rank < plan.patch - 1)
-            total["halo"] += takers * batch * shape[1] * shape[3] * num_bytes
+            # What is upsampled travels before: one row of half the width.
+            length = -(-shape[3] // 2) if layer in after_upsampling else shape[3]
+            total["halo"] += takers * batch * shape[1] * length * num_bytes
     total["exit"] = num_peers * batch * channels * len(levels[height].bands[rank]) * width * num_bytes
     return total
 

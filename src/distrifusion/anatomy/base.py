@@ -60,15 +60,26 @@ class NormSite(Site):
     conv: str | None = None
 
     def under(self, prefix: str) -> Self:
-        return replace(super().under(prefix), conv=None if self.conv is None else prefix + self.conv)
+        return replace(super().under(prefix), conv=_under(prefix, self.conv))
 
 
 class AttentionSite(Site):
     """Self-attention over all positions, with `to_q`, `to_k`, `to_v` called on the same hidden states in that order."""
 
 
+@dataclass(frozen=True)
 class UpsampleSite(Site):
-    """Nearest upsampling to twice the resolution, `forward(hidden_states, output_size)`, maybe with a convolution."""
+    """Nearest upsampling to twice the resolution, `forward(hidden_states, output_size)`, maybe with a convolution.
+
+    Attributes:
+        conv: name of the convolution that does nothing but read the upsampled rows and give the result; None if there
+            is more to it.
+    """
+
+    conv: str | None = None
+
+    def under(self, prefix: str) -> Self:
+        return replace(super().under(prefix), conv=_under(prefix, self.conv))
 
 
 class AdaptiveNormSite(Site):
@@ -107,6 +118,10 @@ class StackSite(Site):
     """
 
     stages: tuple[tuple[nn.Conv2d, ...], ...]
+
+
+def _under(prefix: str, name: str | None) -> str | None:
+    return None if name is None else prefix + name
 
 
 @dataclass

@@ -62,7 +62,8 @@ def sites_of(name: str, module: nn.Module, level: int, level_out: int) -> list[S
         return _attention_site(name, module, level)
     if isinstance(module, Upsample2D):
         require(module.interpolate and not module.use_conv_transpose, name, module, "it upsamples by its own rule")
-        return [UpsampleSite(name, module, level, level_out)]
+        plain = module.norm is None and type(getattr(module, "conv", None)) is nn.Conv2d
+        return [UpsampleSite(name, module, level, level_out, f"{name}.conv" if plain else None)]
     if isinstance(module, Downsample2D):
         require(module.use_conv and module.padding == 1, name, module, "it has no padded convolution")
         return []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -80,21 +80,16 @@ class Halo:
         pieces = (zeros[0], *before, own, *after, zeros[1])
         return torch.cat([piece for piece in pieces if piece is not None], self.dim)
 
-    def fill(
-        self,
-        room: torch.Tensor,
-        before: Sequence[torch.Tensor],
-        after: Sequence[torch.Tensor],
-        write: Callable[[torch.Tensor, torch.Tensor], object],
-    ) -> None:
-        """Write rows of other ranks into a tensor that has room for them around the own ones, and zeros beyond."""
+    def fill(self, room: torch.Tensor) -> None:
+        """Wait, and write the rows into a tensor that has room for them around the own ones, and zeros beyond."""
+        before, after = self.wait()
         lengths = [[rows.shape[self.dim] for rows in side] for side in (before, after)]
         pieces = room.split([self.edges[0], *lengths[0], len(self.inside), *lengths[1], self.edges[1]], self.dim)
         pieces[0].zero_()
         pieces[-1].zero_()
         places = (*pieces[1 : 1 + len(before)], *pieces[2 + len(before) : -1])
         for place, rows in zip(places, (*before, *after), strict=True):
-            write(place, rows)
+            place.copy_(rows)
 
 
 def with_length(shape: torch.Size, dim: int, length: int) -> torch.Size:

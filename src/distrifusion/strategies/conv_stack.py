@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from distrifusion.anatomy.base import StackSite
 from distrifusion.errors import ConfigError
 from distrifusion.partition import Interval
 from distrifusion.strategies.attach import Attachment
-from distrifusion.strategies.patch import PatchStrategy, conv_without_padding, input_rows
+from distrifusion.strategies.patch import PatchStrategy, input_rows
+from distrifusion.strategies.strips import Rows, convolve
 
 Forward = Callable[[torch.Tensor], torch.Tensor]
 
@@ -70,9 +70,7 @@ class ConvStackStrategy:
             return forward(x)
         wanted, inside = self._windows[stage].wanted, self._windows[stage].inside
         edges = (inside.start - wanted.start, wanted.stop - inside.stop)
-        return conv_without_padding(
-            conv, self._patch.step.dim, F.pad(x, (0, 0, *edges) if self._patch.step.dim == 2 else edges)
-        )
+        return convolve(conv, Rows(x, self._patch.step.dim, (edges[0], x, edges[1])))
 
 
 def _output_size(conv: nn.Conv2d, dim: int, size: int) -> int:

@@ -19,15 +19,13 @@ from distrifusion.anatomy.base import AttentionSite, ConvSite, EntrySite, NormSi
 from distrifusion.errors import UnsupportedModel
 from distrifusion.exchange.handles import Gathered, Halo
 from distrifusion.exchange.verbs import Exchange
-from distrifusion.partition import Interval, Level, split_evenly
+from distrifusion.partition import Interval, Level
 from distrifusion.plan import Norms, SiteKind, Split
 from distrifusion.strategies.attach import Attachment
 from distrifusion.strategies.moments import Affine, corrected_moments, local_moments, merge_moments
+from distrifusion.strategies.strips import Made, Piece, Rows, convolve, empty_rows, layout_read_by, reach
 
 Forward = Callable[..., torch.Tensor]
-
-# Input bytes up to which a convolution runs in one piece.
-_STRIP_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -53,21 +51,18 @@ class PatchStep:
 
 
 @dataclass
-class _Chain:
-    """A normed band on its way through an activation to a convolution.
+class _Reading:
+    """What a convolution will read, while the model carries a stand-in for it there.
 
     Attributes:
-        normed: the band.
+        stand_in: what the layers between give in place of the rows.
         conv: the convolution.
-        halo: where the rows of other bands go that came with the statistics; None if activated rows travel.
-        before, after: those rows, normed.
+        rows: the rows.
     """
 
-    normed: torch.Tensor
+    stand_in: torch.Tensor
     conv: ConvSite
-    halo: Halo | None
-    before: list[torch.Tensor]
-    after: list[torch.Tensor]
+    rows: Rows
 
 
 class PatchStrategy:
@@ -82,8 +77,7 @@ class PatchStrategy:
         self._norms = norms
         self._step: PatchStep | None = None
         self._convs: dict[str, ConvSite] = {}
-        self._chain: _Chain | None = None
-        self._extended: torch.Tensor | None = None
+        self._reading: _Reading | None = None
 
     def attach(self, sites: list[Site], attachment: Attachment) -> None:
         """Replace the forward of every site."""
@@ -109,7 +103,7 @@ class PatchStrategy:
     def begin(self, step: PatchStep) -> None:
         """Set the call that the layers are in."""
         self._step = step
-        self._chain = self._extended = None
+        self._reading = None
 
     def cut(self, x: torch.Tensor) -> torch.Tensor:
         """This rank's band of a tensor [B, C, h, w] that has all rows of one level."""
@@ -147,38 +141,52 @@ class PatchStrategy:
     def _rows(self, x: torch.Tensor, band: Interval) -> torch.Tensor:
         return x.narrow(self.step.dim, band.start, len(band))
 
-    def _pad(self, x: torch.Tensor, edges: tuple[int, int]) -> torch.Tensor:
-        """Zeros before the first and after the last row of the cut."""
-        return F.pad(x, (0, 0, *edges) if self.step.dim == 2 else edges)
-
     def _entry(self, site: Site, forward: Forward, x: torch.Tensor) -> torch.Tensor:
-        level = self.step.levels[site.level]
-        if self.is_whole(x.shape[self.step.dim], level):
+        level, dim = self.step.levels[site.level], self.step.dim
+        if self.is_whole(x.shape[dim], level):
             return forward(x)
         assert level.bands is not None
-        want = input_rows(site.module, self.step.dim, level.bands[self.step.index])
+        want = input_rows(site.module, dim, level.bands[self.step.index])
         inside = self._rows(self.step.entry, want & Interval(0, level.size))
-        edges = (max(0, -want.start), max(0, want.stop - level.size))
-        return conv_without_padding(site.module, self.step.dim, self._pad(inside, edges))
+        return convolve(site.module, Rows(inside, dim, (max(0, -want.start), inside, max(0, want.stop - level.size))))
 
     def _conv(self, site: ConvSite, forward: Forward, x: torch.Tensor) -> torch.Tensor:
-        level, level_out = self.step.levels[site.level], self.step.levels[site.level_out]
-        if x is self._extended:
-            self._extended = None
-            return conv_without_padding(site.module, self.step.dim, x)
-        own = x.narrow(self.step.dim, 0, x.shape[self.step.dim] - site.padded) if site.padded else x
-        if self.is_whole(own.shape[self.step.dim], level):
+        level, level_out, dim = self.step.levels[site.level], self.step.levels[site.level_out], self.step.dim
+        if self._reading is not None and self._reading.conv is site:
+            return convolve(site.module, self._read(x))
+        own = x.narrow(dim, 0, x.shape[dim] - site.padded) if site.padded else x
+        if self.is_whole(own.shape[dim], level):
             return forward(x)
         if level_out.bands is None:
-            return forward(self._pad(self.gather_rows(site, own, level), (0, site.padded)))
-        return conv_without_padding(site.module, self.step.dim, self._halo(site, own).extend(own))
+            whole = self.gather_rows(site, own, level)
+            return forward(F.pad(whole, (0, 0, 0, site.padded) if dim == 2 else (0, site.padded)))
+        halo = self._halo(site, own)
+        return convolve(site.module, Rows(own, dim, _around(halo, self._rows(own, halo.inside))))
+
+    def _read(self, x: torch.Tensor) -> Rows:
+        """What the stand-in x stands for."""
+        reading, self._reading = self._reading, None
+        assert reading is not None
+        if x is not reading.stand_in:
+            raise UnsupportedModel(
+                f"layer '{reading.conv.name}' reads something else than its norm or resampling gives"
+            )
+        return reading.rows
+
+    def _stand_in(self, x: torch.Tensor, conv: ConvSite, rows: Rows) -> torch.Tensor:
+        """What the model carries to a convolution that will read these rows."""
+        self._reading = _Reading(x.view_as(x), conv, rows)
+        return self._reading.stand_in
 
     def _halo(self, site: Site, x: torch.Tensor) -> Halo:
         """Ask for the rows of x that a convolution wants of the other bands."""
         bands, bands_out = self.step.levels[site.level].bands, self.step.levels[site.level_out].bands
         assert bands is not None and bands_out is not None
-        wants = _rows_read(_reach(site.module, self.step.dim), bands_out)
-        return self._exchange.halo(site.name, x, self.step.dim, bands, wants)
+        return self._exchange.halo(site.name, x, self.step.dim, bands, self._wants(site, bands_out))
+
+    def _wants(self, site: Site, bands: tuple[Interval, ...]) -> tuple[Interval, ...]:
+        """The rows that a convolution wants for every band of its output."""
+        return _rows_read(reach(site.module, self.step.dim), bands)
 
     def gather_rows(self, site: Site, x: torch.Tensor, level: Level) -> torch.Tensor:
         """All rows, always fresh: from here on the levels are too coarse to cut."""
@@ -201,11 +209,26 @@ class PatchStrategy:
         own = local_moments(x, site.module.num_groups)
         moments = own.unbind() if self.step.separate_norms else self._moments(site, level.bands, own)
         norm = Affine.of(site.module, *moments)
-        normed = norm(x)
-        if conv is not None:
-            before, after = halo.wait() if halo else ([], [])
-            self._chain = _Chain(normed, conv, halo, [norm(rows) for rows in before], [norm(rows) for rows in after])
-        return normed
+        return norm(x) if conv is None else self._stand_in(x, conv, self._activated(x, norm, conv, halo))
+
+    def _activated(self, x: torch.Tensor, norm: Affine, conv: ConvSite, halo: Halo | None) -> Rows:
+        """A band, normed and activated, in what surrounds it, which `halo` has as the norm's input if given."""
+        dim = self.step.dim
+
+        def write(place: torch.Tensor, part: Interval) -> None:
+            _silu_into(norm(self._rows(x, part)), out=place)
+
+        if halo is not None:
+            own = Made(x.shape[dim], write)
+            return Rows(x, dim, _around(halo, own, lambda rows: F.silu(norm(rows), inplace=True)))
+        level = self.step.levels[conv.level]
+        assert level.bands is not None
+        want, band = input_rows(conv.module, dim, level.bands[self.step.index]), level.bands[self.step.index]
+        room = empty_rows(x, dim, len(want), layout_read_by(conv.module))
+        inside = room.narrow(dim, band.start - want.start, len(band))
+        write(inside, Interval(0, len(band)))
+        self._halo(conv, inside).fill(room)
+        return Rows(room, dim, (room,))
 
     def _border_travels_early(self) -> bool:
         """Whether the border rows that the next convolution wants travel as the norm's input, with its statistics.
@@ -226,34 +249,43 @@ class PatchStrategy:
         return corrected_moments(moments, weights, self.step.index, previous)
 
     def _activation(self, forward: Forward, x: torch.Tensor) -> torch.Tensor:
-        """The activation of a normed band, written into the place that the convolution's border rows surround."""
-        chain = self._chain
-        if chain is None or x is not chain.normed:
-            return forward(x)
-        self._chain = None
-        dim, bands = self.step.dim, self.step.levels[chain.conv.level].bands
-        assert bands is not None
-        own = bands[self.step.index]
-        want = input_rows(chain.conv.module, dim, own)
-        self._extended = _room(x, len(want), dim)
-        inside = self._extended.narrow(dim, own.start - want.start, len(own))
-        _silu_into(x, out=inside)
-        if chain.halo is not None:
-            chain.halo.fill(self._extended, chain.before, chain.after, lambda place, rows: _silu_into(rows, out=place))
-        else:
-            halo = self._halo(chain.conv, inside)
-            halo.fill(self._extended, *halo.wait(), torch.Tensor.copy_)
-        return self._extended
+        """The activation of a normed band is part of what its convolution reads."""
+        return x if self._reading is not None and x is self._reading.stand_in else forward(x)
 
     def _upsample(
-        self, site: Site, forward: Forward, x: torch.Tensor, output_size: Any = None, *args: Any, **kwargs: Any
+        self, site: UpsampleSite, forward: Forward, x: torch.Tensor, output_size: Any = None, *args: Any, **kwargs: Any
     ) -> torch.Tensor:
         """Upsample to this rank's part of the finer level, whatever size the model derived from its own part."""
         level, level_out = self.step.levels[site.level], self.step.levels[site.level_out]
-        if not self.is_whole(x.shape[self.step.dim], level):
+        if self.is_whole(x.shape[self.step.dim], level):
+            whole = forward(x, (level_out.height, level_out.width), *args, **kwargs)
+            return self._rows(whole, level_out.bands[self.step.index]) if level_out.bands else whole
+        conv = self._convs.get(site.conv or "")
+        if conv is None:
             return forward(x, level_out.band_shape(self.step.index), *args, **kwargs)
-        whole = forward(x, (level_out.height, level_out.width), *args, **kwargs)
-        return self._rows(whole, level_out.bands[self.step.index]) if level_out.bands else whole
+        return conv.module(self._stand_in(x, conv, self._upsampled(x, conv, level, level_out)))
+
+    def _upsampled(self, x: torch.Tensor, conv: ConvSite, level: Level, level_out: Level) -> Rows:
+        """The rows that a convolution reads of an upsampled band: its neighbours' travel before they are upsampled."""
+        assert level.bands is not None and level_out.bands is not None
+        dim, whole = self.step.dim, Interval(0, level_out.size)
+        wants = self._wants(conv, level_out.bands)
+        halves = tuple(_halved(want & whole) for want in wants)
+        halo = self._exchange.halo(conv.name, x, dim, level.bands, halves)
+        coarse = Rows(x, dim, _around(halo, x))
+        want, half = wants[self.step.index], halves[self.step.index]
+        fine = want & whole
+
+        def write(place: torch.Tensor, part: Interval) -> None:
+            rows = Interval(fine.start + part.start, fine.start + part.stop)
+            source = _halved(rows)
+            read = coarse.read(Interval(source.start - half.start, source.stop - half.start))
+            size = (2 * len(source), level_out.across)
+            doubled = F.interpolate(read, size if dim == 2 else size[::-1], mode="nearest")
+            place.copy_(doubled.narrow(dim, rows.start - 2 * source.start, len(rows)))
+
+        edges = fine.start - want.start, want.stop - fine.stop
+        return Rows(x, dim, (edges[0], Made(len(fine), write), edges[1]), level_out.across)
 
 
 class _BandAttention:
@@ -307,54 +339,29 @@ def _shares(bands: tuple[Interval, ...], device: torch.device) -> torch.Tensor:
 
 def input_rows(conv: nn.Module, dim: int, out: Interval) -> Interval:
     """The input rows, edges beyond the picture included, that a convolution needs for the output rows given."""
-    return _rows_read(_reach(conv, dim), (out,))[0]
-
-
-def _reach(conv: nn.Module, dim: int) -> tuple[int, int, int]:
-    """Stride, padding and extent of a convolution along the cut."""
-    assert isinstance(conv, nn.Conv2d)
-    axis = dim - 2
-    return conv.stride[axis], int(conv.padding[axis]), conv.dilation[axis] * (conv.kernel_size[axis] - 1) + 1
+    return _rows_read(reach(conv, dim), (out,))[0]
 
 
 @lru_cache(maxsize=1024)
-def _rows_read(reach: tuple[int, int, int], outs: tuple[Interval, ...]) -> tuple[Interval, ...]:
-    stride, padding, extent = reach
+def _rows_read(geometry: tuple[int, int, int], outs: tuple[Interval, ...]) -> tuple[Interval, ...]:
+    stride, padding, extent = geometry
     starts = [out.start * stride - padding for out in outs]
     return tuple(
         Interval(start, start + (len(out) - 1) * stride + extent) for start, out in zip(starts, outs, strict=True)
     )
 
 
+def _around(
+    halo: Halo, own: Piece, change: Callable[[torch.Tensor], torch.Tensor] = lambda rows: rows
+) -> tuple[Piece, ...]:
+    """A band's rows between those of others, which are changed first, and zeros beyond the picture's edges."""
+    before, after = halo.wait()
+    return (halo.edges[0], *map(change, before), own, *map(change, after), halo.edges[1])
+
+
+def _halved(rows: Interval) -> Interval:
+    """The rows of the resolution below that these are upsampled from."""
+    return Interval(rows.start // 2, -(-rows.stop // 2))
+
+
 _silu_into = torch.ops.aten.silu.out
-
-
-def _room(x: torch.Tensor, length: int, dim: int) -> torch.Tensor:
-    """An empty tensor like x [B, C, H, W] but of this length along the cut."""
-    shape = [length if d == dim else n for d, n in enumerate(x.shape)]
-    layout = torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
-
-
-def conv_without_padding(conv: nn.Module, dim: int, x: torch.Tensor) -> torch.Tensor:
-    """A convolution whose padding along the cut is already part of x [B, C, H, W]; a large one in strips of rows.
-
-    On CPU the kernel copies its whole input and output into a layout of its own: at the last resolutions of a VAE that
-    is more memory than all else.
-    """
-    assert isinstance(conv, nn.Conv2d)
-    padding = [int(p) for p in conv.padding]
-    padding[dim - 2] = 0
-    run = partial(F.conv2d, weight=conv.weight, bias=conv.bias, stride=conv.stride, padding=tuple(padding))
-    run = partial(run, dilation=conv.dilation, groups=conv.groups)
-    if x.device.type != "cpu" or x.nbytes <= _STRIP_BYTES or torch.is_grad_enabled():
-        return run(x)
-    stride, _, extent = _reach(conv, dim)
-    num_out = (x.shape[dim] - extent) // stride + 1
-    out: torch.Tensor | None = None
-    for strip in split_evenly(num_out, min(num_out, -(-x.nbytes // _STRIP_BYTES))):
-        part = run(x.narrow(dim, strip.start * stride, (len(strip) - 1) * stride + extent))
-        out = _room(part, num_out, dim) if out is None else out
-        out.narrow(dim, strip.start, len(strip)).copy_(part)
-    assert out is not None
-    return out

@@ -26,7 +26,7 @@ from distrifusion.exchange.pool import padded
 from distrifusion.mesh import RankGrid
 from distrifusion.partition import Interval, Level, partition_levels
 from distrifusion.plan import Plan, SiteKind, Split
-from distrifusion.strategies.patch import input_rows
+from distrifusion.strategies.patch import input_rows, rows_below
 
 _NORM_BYTES = 4  # statistics are fp32 in every model
 _SAMPLE_BYTES = 4  # and so are samples of keys and values
@@ -67,10 +67,11 @@ def kept_by(
     channels = 0
     # What follows within an upsampler from a level that every rank has whole reads whole rows too.
     whole = tuple(f"{s.name}." for s in sites if isinstance(s, UpsampleSite) and levels[s.level].bands is None)
+    below = {s.conv: levels[s.level] for s in sites if isinstance(s, UpsampleSite) and s.conv}
     for site in sites:
         kind = _KINDS.get(type(site))
         if kind in plan.kept and not site.name.startswith(whole):
-            total[kind] += band.kept(site, channels)
+            total[kind] += band.kept(site, channels, below.get(site.name))
         channels = getattr(site.module, "out_channels", channels)
     return total
 
@@ -94,8 +95,14 @@ class _Band:
     batch: int
     itemsize: int
 
-    def kept(self, site: Site, channels: int) -> int:
-        """Bytes kept of a site; `channels` are those of its input."""
+    def kept(self, site: Site, channels: int, below: Level | None) -> int:
+        """Bytes kept of a site.
+
+        Args:
+            site: the layer.
+            channels: those of its input.
+            below: the level that the input is upsampled from, whose rows travel instead.
+        """
         level, level_out = self.levels[site.level], self.levels[site.level_out]
         module: Any = site.module
         if level.bands is None or level_out.bands is None:
@@ -111,7 +118,9 @@ class _Band:
                 return self._borders(level, wants, channels)
         dim = 2 if level.split is Split.ROWS else 3
         wants = [input_rows(module, dim, band) for band in level_out.bands]
-        return self._borders(level, wants, module.in_channels)
+        if below is not None:
+            wants = [rows_below(want & Interval(0, level.size)) for want in wants]
+        return self._borders(below or level, wants, module.in_channels)
 
     def _gathered(self, level: Level, channels: int) -> int:
         """Bytes of everybody's keys and values of a level, and of what their forecast, coding and drift need."""

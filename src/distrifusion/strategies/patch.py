@@ -270,7 +270,7 @@ class PatchStrategy:
         assert level.bands is not None and level_out.bands is not None
         dim, whole = self.step.dim, Interval(0, level_out.size)
         wants = self._wants(conv, level_out.bands)
-        halves = tuple(_halved(want & whole) for want in wants)
+        halves = tuple(rows_below(want & whole) for want in wants)
         halo = self._exchange.halo(conv.name, x, dim, level.bands, halves)
         coarse = Rows(x, dim, _around(halo, x))
         want, half = wants[self.step.index], halves[self.step.index]
@@ -278,7 +278,7 @@ class PatchStrategy:
 
         def write(place: torch.Tensor, part: Interval) -> None:
             rows = Interval(fine.start + part.start, fine.start + part.stop)
-            source = _halved(rows)
+            source = rows_below(rows)
             read = coarse.read(Interval(source.start - half.start, source.stop - half.start))
             size = (2 * len(source), level_out.across)
             doubled = F.interpolate(read, size if dim == 2 else size[::-1], mode="nearest")
@@ -359,7 +359,7 @@ def _around(
     return (halo.edges[0], *map(change, before), own, *map(change, after), halo.edges[1])
 
 
-def _halved(rows: Interval) -> Interval:
+def rows_below(rows: Interval) -> Interval:
     """The rows of the resolution below that these are upsampled from."""
     return Interval(rows.start // 2, -(-rows.stop // 2))
 

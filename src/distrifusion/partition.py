@@ -35,7 +35,7 @@ def split_evenly(total: int, parts: int) -> tuple[Interval, ...]:
 
 @lru_cache(maxsize=256)
 def token_intervals(num_tokens: int, num_owners: int) -> tuple[Interval, ...]:
-    """The tokens of one stream (picture or text) that each owner has, in order; none for some if they are too few.
+    """The tokens of one stream (picture or text) that each owner has, in order.
 
     Cuts need not lie between rows of tokens: what is done to a token beside attention does not look at its neighbours,
     so the parts are as even as can be.

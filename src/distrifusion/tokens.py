@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -19,7 +20,7 @@ from distrifusion.strategies.attach import Attachment
 from distrifusion.strategies.attention import Attend
 from distrifusion.strategies.ring import RingAttention
 from distrifusion.strategies.token_patch import GatheredAttention
-from distrifusion.strategies.tokens import TokenStep, TokenStrategy
+from distrifusion.strategies.tokens import TokenStep, TokenStrategy, TooFewTokens
 from distrifusion.strategies.ulysses import UlyssesAttention
 
 
@@ -65,18 +66,28 @@ class TokenRule:
         self, forward: Callable[..., Any], call: TokenCall, layout: CallLayout, num_before: int, past_warmup: bool
     ) -> Any:
         """Run the model's own forward on this rank's batch rows; it meets the cuts inside."""
-        axes = AttentionAxes.of(self._plan, len(layout.team), layout.index)
-        self._tokens.begin(TokenStep(layout.team, layout.index, axes, alone=past_warmup and self._plan.naive))
         arguments = call.bound.arguments
         take = partial(take_rows, layout.rows, call.sample.shape[0])
         for name, value in arguments.items():
             if name not in call.tokens:
                 arguments[name] = map_tensors(value, take)
+        axes = AttentionAxes.of(self._plan, len(layout.team), layout.index)
+        step = TokenStep(layout.team, layout.index, axes, alone=past_warmup and self._plan.naive)
+        try:
+            return self._forward(forward, call, step)
+        except TooFewTokens:
+            # Models need not bear empty parts, so a stream that short leaves the call whole on every rank.
+            return self._forward(forward, call, TokenStep(layout.team[layout.index :][:1], 0, axes))
+
+    def _forward(self, forward: Callable[..., Any], call: TokenCall, step: TokenStep) -> Any:
+        self._tokens.begin(step)
+        given = dict(call.bound.arguments)
         for cut in self._anatomy.own_cuts:
             name = str(cut.tensor)
-            if name in arguments:
-                arguments[name] = self._tokens.cut(cut, arguments[name])
-        return forward(*call.bound.args, **call.bound.kwargs)
+            if name in given:
+                given[name] = self._tokens.cut(cut, given[name])
+        bound = inspect.BoundArguments(call.bound.signature, given)
+        return forward(*bound.args, **bound.kwargs)
 
     def join(self, result: Any, call: TokenCall, layout: CallLayout) -> Any:
         """The output with all rows of the batch: the tokens have been joined inside."""

@@ -47,9 +47,7 @@ class Attend(Protocol):
 def attend(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor | None, scale: float | None
 ) -> torch.Tensor:
-    """Attention of queries [B, N, L_q, D] to keys [B, N, L_k, D]; there may be no queries."""
-    if not query.numel():
-        return torch.empty_like(query)
+    """Attention of queries [B, N, L_q, D] to keys [B, N, L_k, D]."""
     return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale)
 
 

@@ -35,11 +35,10 @@ class RingAttention:
             coming = None
             if turn + 1 < size:
                 room = block.new_empty(lengths[(owner - 1) % size], batch, 2, num_heads, channels)
-                coming = self._exchange.swap(call.name, {after: block}, {before: room})
-            if block.numel() and call.query.numel():
-                bias = None if call.bias is None else call.bias[..., starts[owner] : starts[owner + 1]]
-                key, value = (x.permute(1, 2, 0, 3) for x in block.unbind(2))
-                merge_(out, lse, *attend_with_sum(call.query, key, value, bias, call.scale))
+                coming = self._exchange.swap(f"{call.name}.block", {after: block}, {before: room})
+            bias = None if call.bias is None else call.bias[..., starts[owner] : starts[owner + 1]]
+            key, value = (x.permute(1, 2, 0, 3) for x in block.unbind(2))
+            merge_(out, lse, *attend_with_sum(call.query, key, value, bias, call.scale))
             if coming is not None:
                 coming.wait()
                 block = room

@@ -28,6 +28,10 @@ from distrifusion.strategies.attention import Attend, AttentionCall
 Forward = Callable[..., Any]
 
 
+class TooFewTokens(Exception):
+    """A stream has fewer tokens than the team has ranks. All of them find out at the same cut."""
+
+
 @dataclass(frozen=True)
 class TokenStep:
     """What a layer must know of the denoiser call it is in.
@@ -90,12 +94,14 @@ class TokenStrategy:
         return self._step
 
     def cut(self, cut: Cut, value: Any) -> Any:
-        """This rank's part of every tensor in a value that has all tokens."""
+        """This rank's part of every tensor in a value that has all tokens; raises TooFewTokens."""
         return map_tensors(value, partial(self._own_part, cut)) if len(self.step.team) > 1 else value
 
     def _own_part(self, cut: Cut, x: torch.Tensor) -> torch.Tensor:
         if cut.num_dims not in (None, x.dim()):
             return x
+        if x.shape[cut.dim] < len(self.step.team):
+            raise TooFewTokens
         self._wholes[cut] = x.shape[cut.dim]
         own = token_intervals(x.shape[cut.dim], len(self.step.team))[self.step.index]
         # A copy: a view would keep the whole alive as long as the part.

@@ -36,8 +36,8 @@ class UlyssesAttention:
         own = heads[step.axes.index[0]]
         queries, keys = ([lengths[place] for place in group] for lengths in (call.queries, call.keys))
         # Both trades are under way before the first is waited for.
-        query_comes = self._heads_for_tokens(step, call.name, (call.query,), queries, heads)
-        pair_comes = self._heads_for_tokens(step, call.name, (call.key, call.value), keys, heads)
+        query_comes = self._heads_for_tokens(step, f"{call.name}.query", (call.query,), queries, heads)
+        pair_comes = self._heads_for_tokens(step, f"{call.name}.key", (call.key, call.value), keys, heads)
         (query,), (key, value) = query_comes(), pair_comes()
         bias = call.bias
         if bias is not None and bias.shape[1] > 1:
@@ -99,7 +99,7 @@ class UlyssesAttention:
             for i, part in enumerate(heads)
             if i != me
         }
-        received = self._exchange.swap(call.name, given, taken).wait()
+        received = self._exchange.swap(f"{call.name}.out", given, taken).wait()
         # The model reshapes the result to [B, L, N D] at once.
         whole = result.new_empty(batch, own_length, num_heads, channels)
         for i, part in enumerate(heads):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from division import EXACT, errors, on_ranks, predictions
 
+from distrifusion.denoiser import ParallelDenoiser
 from models import moved, relative_error
 from transformers_tiny import FAMILIES, flux, flux_inputs, qwen, qwen_inputs, sd3, sd3_inputs, sd35
 
@@ -206,3 +207,25 @@ def test_a_text_of_another_length_within_a_run_starts_afresh() -> None:
         "txt_ids": torch.zeros(14, 3),
     }
     assert max(errors(flux(), "patch3.displaced.w0", [x, longer])) <= EXACT
+
+
+@pytest.mark.parametrize(("keeps_apart", "bound"), [(True, EXACT), (False, None)], ids=["apart", "mixed"])
+def test_two_calls_of_one_step_keep_values_of_their_own(keeps_apart: bool, bound: float | None) -> None:
+    """True guidance calls the transformer twice per step: with a prompt, and with what not to draw."""
+    wanted, unwanted = flux_inputs(1, 7, 5), moved(flux_inputs(1, 7, 5), 0.5)
+    with torch.no_grad():
+        references = [flux()(**inputs).sample for inputs in (wanted, unwanted)]
+
+    def work(model: Any, denoiser: ParallelDenoiser) -> list[torch.Tensor]:
+        denoiser.open("request")
+        for _ in range(3):
+            denoiser.slot = 0
+            outputs = [model(**wanted).sample]
+            denoiser.slot = denoiser.slot if keeps_apart else 0
+            outputs.append(model(**unwanted).sample)
+        denoiser.close()
+        return outputs
+
+    by_rank = on_ranks(flux(), "patch2.displaced.w0", work)
+    error = max(relative_error(a, b) for outputs in by_rank for a, b in zip(outputs, references, strict=True))
+    assert error <= bound if bound else error > 1e-3

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -106,6 +106,8 @@ class TokenAnatomy:
         attentions: names of the attention modules over tokens that were cut, "*" for any one index. Other modules treat
             each token by itself; attention over a text that is whole does.
         sample: name of the argument with the latents.
+        processors: class names of attention processors, beside the known ones, that call `scaled_dot_product_attention`
+            once, on all tokens that they get.
         refused: arguments that have no rule, and why.
     """
 
@@ -113,6 +115,7 @@ class TokenAnatomy:
     joins: tuple[Join, ...]
     attentions: tuple[str, ...]
     sample: str = "hidden_states"
+    processors: tuple[str, ...] = ()
     refused: Mapping[str, str] = field(default_factory=dict)
 
     def sites(self, model: nn.Module) -> list[Site]:
@@ -124,7 +127,7 @@ class TokenAnatomy:
                 found += [CutSite(name, module, cut) for cut in self.cuts if _is_named(cut.module, name)]
                 found += [JoinSite(name, module, join.dim) for join in self.joins if _is_named(join.module, name)]
             if any(_is_named(pattern, name) for pattern in self.attentions):
-                _check_attention(name, module)
+                self._check_attention(name, module)
                 found.append(TokenAttentionSite(name, module))
             else:
                 _check_local(name, module)
@@ -148,6 +151,17 @@ class TokenAnatomy:
     def own_cuts(self) -> list[Cut]:
         """Cuts of the model's own arguments."""
         return [cut for cut in self.cuts if cut.module == ""]
+
+    def _check_attention(self, name: str, module: Any) -> None:
+        """Refuse attention whose tokens may mix elsewhere than in one scaled_dot_product_attention."""
+        processor = type(getattr(module, "processor", module)).__name__
+        default = getattr(type(module), "_default_processor_cls", None)
+        known = _PROCESSORS if isinstance(module, Attention) else {getattr(default, "__name__", None)}
+        if not _is_attention(module) or processor not in {*known, *self.processors}:
+            raise UnsupportedModel(
+                f"layer '{name}' ({type(module).__name__}) cannot be cut by tokens: its processor {processor} has no "
+                "rule"
+            )
 
     def _check_found(self, model: nn.Module, names: set[str]) -> None:
         wanted = [cut.module for cut in self.cuts if cut.module] + [join.module for join in self.joins]
@@ -204,23 +218,6 @@ def _is_attention(module: nn.Module) -> bool:
     """An attention module of diffusers, of its general class or one that a model's file defines."""
     mixin = any(cls.__name__ == "AttentionModuleMixin" for cls in type(module).__mro__)
     return mixin or isinstance(module, Attention)
-
-
-def _check_attention(name: str, module: Any) -> None:
-    """Refuse attention whose tokens may mix elsewhere than in one scaled_dot_product_attention."""
-    known = _is_attention(module) and any(module.processor.__class__.__name__ == p for p in _processors(module))
-    if not known:
-        processor = type(getattr(module, "processor", module)).__name__
-        raise UnsupportedModel(
-            f"layer '{name}' ({type(module).__name__}) cannot be cut by tokens: its processor {processor} has no rule"
-        )
-
-
-def _processors(module: Any) -> Iterator[str]:
-    if isinstance(module, Attention):
-        yield from _PROCESSORS
-    else:
-        yield type(module)._default_processor_cls.__name__
 
 
 def _check_local(name: str, module: nn.Module) -> None:

@@ -45,11 +45,11 @@ class Case:
         return pipe(**{**common, "generator": generator, **self.arguments, **changes})[0]
 
 
-def vae(**changes: Any) -> diffusers.AutoencoderKL:
+def vae() -> diffusers.AutoencoderKL:
     """Four latent channels, factor 8, shifted as that of SD3."""
     torch.manual_seed(0)
     model = _vae()
-    model.register_to_config(shift_factor=0.1, use_quant_conv=False, **changes)
+    model.register_to_config(shift_factor=0.1, use_quant_conv=False, use_post_quant_conv=False)
     model.quant_conv = model.post_quant_conv = None
     return perturb(model)
 

@@ -290,7 +290,11 @@ class Plan:
         """
         plain = replace(self, split=Split.ROWS, norms=Norms.CORRECTED)
         if self.stale not in (frozenset(), ALL_KINDS):
-            plain = replace(plain, stale=DEFAULT_STALE) if SiteKind.KV in self.stale else Plan(self.dp, self.cfg, self.patch)
+            plain = (
+                replace(plain, stale=DEFAULT_STALE)
+                if SiteKind.KV in self.stale
+                else Plan(self.dp, self.cfg, self.patch)
+            )
         if plain != self:
             raise PlanError(
                 f"plan '{self}': {model} is cut by tokens, so it has no columns, borders or group norms; use '{plain}'"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -193,18 +194,7 @@ def test_a_detached_model_gives_the_bits_it_gave_before() -> None:
 
 # Families of other packages
 
-AURAFLOW = """
-from distrifusion.anatomy.tokens import Cut, Join, TokenAnatomy
-
-
-def anatomy(model):
-    return TokenAnatomy(
-        cuts=(Cut("pos_embed", 0, dim=1), Cut("joint_transformer_blocks.0", "encoder_hidden_states", dim=1)),
-        joins=(Join("proj_out", dim=1),),
-        attentions=("joint_transformer_blocks.*.attn", "single_transformer_blocks.*.attn"),
-        processors=("AuraFlowAttnProcessor2_0",),
-    )
-"""
+DOCUMENT = Path(__file__).parents[2] / "docs" / "adding-a-model.md"
 
 
 @pytest.fixture
@@ -238,7 +228,9 @@ def test_an_anatomy_of_another_package_is_found_by_its_entry_point(outside: Path
     with pytest.raises(UnsupportedModel, match="AuraFlowTransformer2DModel has no anatomy here"):
         divide(auraflow())
     anatomy._outside.cache_clear()
-    (outside / "auraflow_bands.py").write_text(AURAFLOW)
+    code = re.search(r"```python\n(.*?)```", DOCUMENT.read_text(), re.DOTALL)
+    assert code, "the document shows an anatomy"
+    (outside / "auraflow_bands.py").write_text(code[1])
     install(outside, "AuraFlowTransformer2DModel = auraflow_bands:anatomy")
     inputs = {
         "hidden_states": torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1)),

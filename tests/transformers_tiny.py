@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from diffusers import (
+    CogVideoXTransformer3DModel,
     FluxTransformer2DModel,
     HunyuanDiT2DModel,
     LTXVideoTransformer3DModel,
@@ -16,7 +17,7 @@ from diffusers import (
     SD3Transformer2DModel,
     WanTransformer3DModel,
 )
-from diffusers.models.embeddings import get_2d_rotary_pos_embed
+from diffusers.models.embeddings import get_2d_rotary_pos_embed, get_3d_rotary_pos_embed
 
 from models import perturb
 
@@ -171,6 +172,29 @@ def qwen_inputs(batch: int, height: int, width: int) -> Inputs:
     }
 
 
+def cogvideox(**changes: Any) -> CogVideoXTransformer3DModel:
+    """CogVideoX's blocks in small: words and video in one attention, rotary tables as in 5B."""
+    torch.manual_seed(7)
+    config = {
+        "in_channels": 4, "out_channels": 4, "num_layers": 2, "attention_head_dim": 16, "num_attention_heads": 3,
+        "time_embed_dim": 8, "text_embed_dim": 16, "max_text_seq_length": 7, "sample_width": 10, "sample_height": 6,
+        "sample_frames": 9, "use_rotary_positional_embeddings": True,
+    }  # fmt: skip
+    return perturb(CogVideoXTransformer3DModel(**{**config, **changes}))
+
+
+def cogvideox_inputs(batch: int, height: int, width: int) -> Inputs:
+    """Latents [batch, 3, 4, height, width], both even."""
+    grid = (height // 2, width // 2)
+    rotary = get_3d_rotary_pos_embed(16, ((0, 0), grid), grid, 3)
+    return {
+        "hidden_states": noise(batch, 3, 4, height, width),
+        "encoder_hidden_states": noise(batch, 7, 16, seed=4),
+        "timestep": torch.full((batch,), 500),
+        "image_rotary_emb": rotary,
+    }
+
+
 def ltx(**changes: Any) -> LTXVideoTransformer3DModel:
     """LTX-Video's blocks in small; diffusers' plan for it cuts the text too, which attention alone reads."""
     torch.manual_seed(6)
@@ -215,6 +239,12 @@ FAMILIES = {
     "Hunyuan-DiT": Family(hunyuan, hunyuan_inputs, (14, 10)),
     "Wan 2.1": Family(wan, wan_inputs, (6, 10)),
     "Wan 2.2, a timestep of each token": Family(wan, lambda b, h, w: wan_inputs(b, h, w, True), (6, 10)),
+    "CogVideoX 5B": Family(cogvideox, cogvideox_inputs, (6, 10)),
+    "CogVideoX 2B": Family(
+        lambda: cogvideox(use_rotary_positional_embeddings=False),
+        lambda b, h, w: {**cogvideox_inputs(b, h, w), "image_rotary_emb": None},
+        (6, 10),
+    ),
     "Qwen-Image": Family(qwen, qwen_inputs, (7, 5)),
     "LTX-Video": Family(ltx, ltx_inputs, (3, 5)),
 }

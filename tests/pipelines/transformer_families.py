@@ -14,7 +14,7 @@ from transformers import CLIPTextModelWithProjection
 
 from gloo.small_pipelines import _text_config, _vae, tokenizer
 from models import perturb
-from transformers_tiny import flux, hunyuan, noise, pixart, qwen, sd3, sd35, wan
+from transformers_tiny import cogvideox, flux, hunyuan, noise, pixart, qwen, sd3, sd35, wan
 
 HEIGHT, WIDTH = 112, 80  # 7x5 tokens of two by two latents
 SIZE = {"height": HEIGHT, "width": WIDTH}
@@ -103,6 +103,20 @@ def wan_pipeline(two: bool = False) -> DiffusionPipeline:
     )  # fmt: skip
 
 
+def cogvideox_pipeline() -> DiffusionPipeline:
+    torch.manual_seed(0)
+    blocks = 4
+    video_vae = diffusers.AutoencoderKLCogVideoX(
+        down_block_types=blocks * ("CogVideoXDownBlock3D",), up_block_types=blocks * ("CogVideoXUpBlock3D",),
+        block_out_channels=blocks * (8,), latent_channels=4, layers_per_block=1, norm_num_groups=2,
+        temporal_compression_ratio=4,
+    )  # fmt: skip
+    return diffusers.CogVideoXPipeline(
+        transformer=cogvideox(), vae=video_vae.eval(), scheduler=diffusers.CogVideoXDDIMScheduler(), text_encoder=None,
+        tokenizer=None,
+    )  # fmt: skip
+
+
 def qwen_pipeline() -> DiffusionPipeline:
     torch.manual_seed(0)
     picture_vae = diffusers.AutoencoderKLQwenImage(
@@ -175,6 +189,9 @@ def _with_text_of_their_own() -> dict[str, Case]:
         "HunyuanDiTPipeline": Case(hunyuan_pipeline, {**two_texts, **SIZE}),
         "WanPipeline": Case(wan_pipeline, video),
         "WanPipeline, two transformers": Case(lambda: wan_pipeline(two=True), video),
+        "CogVideoXPipeline": Case(
+            cogvideox_pipeline, {**video, "negative_prompt_embeds": noise(1, 7, 16, seed=6), "max_sequence_length": 7}
+        ),
         "QwenImagePipeline": Case(qwen_pipeline, {**words, **SIZE}),
     }
 

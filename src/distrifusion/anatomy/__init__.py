@@ -26,6 +26,7 @@ _CONVOLUTIONAL: tuple[tuple[type[nn.Module], type[Anatomy]], ...] = (
 )
 # Transformers: the module here that tells of them.
 _TRANSFORMERS = {
+    "CogVideoXTransformer3DModel": "distrifusion.anatomy.cogvideox",
     "HunyuanDiT2DModel": "distrifusion.anatomy.hunyuan",
     "PixArtTransformer2DModel": "distrifusion.anatomy.pixart",
     "SD3Transformer2DModel": "distrifusion.anatomy.sd3",

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from diffusers import (
     CogVideoXTransformer3DModel,
+    Flux2Transformer2DModel,
     FluxTransformer2DModel,
     HunyuanDiT2DModel,
     LTXVideoTransformer3DModel,
@@ -78,6 +79,24 @@ def flux_inputs(batch: int, height: int, width: int, guidance: bool = True) -> I
         "txt_ids": torch.zeros(7, 3),
     }
     return {**inputs, "guidance": torch.full((batch,), 3.5)} if guidance else inputs
+
+
+def flux2(**changes: Any) -> Flux2Transformer2DModel:
+    """FLUX.2's blocks in small: attention and feed-forward share their projections in blocks of one stream."""
+    torch.manual_seed(1)
+    config = {
+        "in_channels": 16, "num_layers": 1, "num_single_layers": 2, "attention_head_dim": 8, "num_attention_heads": 3,
+        "joint_attention_dim": 24, "timestep_guidance_channels": 16, "axes_dims_rope": (2, 2, 2, 2),
+    }  # fmt: skip
+    return perturb(Flux2Transformer2DModel(**{**config, **changes}))
+
+
+def flux2_inputs(batch: int, height: int, width: int) -> Inputs:
+    """Latents of height times width tokens; positions have the batch as first dimension."""
+    inputs = flux_inputs(batch, height, width)
+    ids = torch.cat([inputs["img_ids"], torch.zeros(height * width, 1)], 1)
+    ids = {"img_ids": ids.expand(batch, -1, -1), "txt_ids": torch.zeros(batch, 7, 4)}
+    return {**{name: value for name, value in inputs.items() if name != "pooled_projections"}, **ids}
 
 
 def pixart(**changes: Any) -> PixArtTransformer2DModel:
@@ -232,6 +251,7 @@ FAMILIES = {
     "SD3.5 medium": Family(sd35, sd3_inputs, (14, 10)),
     "FLUX.1 dev": Family(flux, flux_inputs, (7, 5)),
     "FLUX.1 schnell": Family(lambda: flux(False), lambda b, h, w: flux_inputs(b, h, w, False), (7, 5)),
+    "FLUX.2": Family(flux2, flux2_inputs, (7, 5)),
     "PixArt-Sigma": Family(pixart, pixart_inputs, (14, 10)),
     "PixArt-alpha": Family(
         lambda: pixart(use_additional_conditions=True), lambda b, h, w: pixart_inputs(b, h, w, True), (14, 10)

@@ -63,8 +63,9 @@ class AttentionAxes:
 
 @dataclass(frozen=True)
 class RankGrid:
-    """The ranks as a grid, axes outer to inner: batch (pictures and guidance branches), then those who divide a picture:
-    patch, or ring and ulysses.
+    """The ranks as a grid, axes outer to inner: batch (pictures and guidance branches), then what divides a picture.
+
+    The latter is patch, or ring and ulysses.
     """
 
     plan: Plan

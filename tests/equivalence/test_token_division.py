@@ -54,6 +54,9 @@ def test_every_family_equals_one_device(family: str, plan: str) -> None:
         ("ulysses2.ring3", 1, 5, 5),
         ("ulysses4.ring2", 1, 3, 5),
         ("cfg2.ulysses2", 3, 5, 5),
+        ("dp2.cfg2.ulysses2", 4, 5, 3),
+        ("dp2.ring2", 2, 5, 3),
+        ("dp2.patch2", 1, 5, 3),  # one picture: all four ranks take tokens
         ("cfg2.ulysses2.ring2", 2, 5, 3),
         ("cfg2.ulysses2", 1, 5, 5),  # one picture without branches: all four ranks take heads
         ("cfg2.ring2", 1, 5, 5),

@@ -50,7 +50,7 @@ plans_with_knobs = st.builds(
     forecast=st.integers(0, 200),
     resync=st.none() | st.integers(0, 300),
 )
-attention_plans = st.builds(Plan, cfg=cfgs, ulysses=st.integers(1, 6), ring=st.integers(1, 6))
+attention_plans = st.builds(Plan, dp=st.integers(1, 3), cfg=cfgs, ulysses=st.integers(1, 6), ring=st.integers(1, 6))
 plans = (
     exact_plans
     | attention_plans

@@ -239,7 +239,7 @@ def _skipped(task: Task, result: Result) -> dict[str, str]:
         "ssim": f"a side of the picture is below {metrics.SSIM_PIXELS} pixels",
         "ms_ssim": f"a side of the picture is below {metrics.MS_SSIM_PIXELS} pixels",
         "latent_error": "the pipeline does not call back after a step",
-        "seam": "the plan does not cut the picture",
+        "seam": "the picture is not cut into bands",
         "agreement": "the classifier reads pictures of the demo model only",
     }
     skipped = {key: reason for key, reason in reasons.items() if key not in result.values}

@@ -64,3 +64,25 @@ def test_a_block_that_is_all_masked_adds_nothing(masked: range) -> None:
     reference = F.scaled_dot_product_attention(query, key, value, attn_mask=added)
     assert torch.isfinite(out).all()
     assert relative_error(out, reference) <= 1e-6
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("channels", [8, 12, 64, 72, 128])
+@pytest.mark.parametrize("num_queries", [1, 31, 96])
+def test_the_kernels_of_a_gpu_give_what_the_definition_says(
+    dtype: torch.dtype, channels: int, num_queries: int
+) -> None:
+    """Keys and values lie as a ring gets them: tokens first, then batch, then heads."""
+    generator = torch.Generator().manual_seed(1)
+    query = torch.randn(2, 3, num_queries, channels, generator=generator).to("cuda", dtype)
+    block = torch.randn(77, 2, 2, 3, channels, generator=generator).to("cuda", dtype)
+    key, value = (x.permute(1, 2, 0, 3) for x in block.unbind(2))
+    for bias in (None, torch.zeros(2, 1, 1, 77, device="cuda", dtype=dtype)):
+        out, lse = attend_with_sum(query, key, value, bias, None)
+        wanted, wanted_lse = attend_plainly(query.double(), key.double(), value.double(), None, None)
+        assert out.shape == wanted.shape and lse.shape == wanted_lse.shape
+        assert lse.dtype is torch.float32
+        bound = 1e-5 if dtype is torch.float32 else 2e-2
+        assert relative_error(out, wanted) <= bound and relative_error(lse, wanted_lse) <= bound

@@ -13,7 +13,7 @@ from distrifusion.denoiser import ParallelDenoiser
 from models import moved, relative_error
 from transformers_tiny import FAMILIES, flux, flux_inputs, qwen, qwen_inputs, sd3, sd3_inputs, sd35
 
-EXACT_PLANS = ["patch2", "patch3", "cfg2.patch2", "ulysses2", "ulysses4", "ring3", "ulysses2.ring2", "cfg2.ring2"]
+EXACT_PLANS = ["patch3", "cfg2.patch2", "ulysses2", "ring3", "ulysses2.ring2", "cfg2.ring2"]
 
 
 @cache

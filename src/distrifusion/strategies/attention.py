@@ -63,7 +63,8 @@ def attend_with_sum(
         return aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, attn_mask=bias, scale=scale)
     if query.device.type == "cuda" and bias is None:
         facts = torch.backends.cuda.SDPAParams(query, key, value, None, 0.0, False, False)
-        if torch.backends.cuda.can_use_flash_attention(facts):
+        # Heads of other widths are padded by what calls the kernel in scaled_dot_product_attention.
+        if query.shape[-1] % 8 == 0 and torch.backends.cuda.can_use_flash_attention(facts):
             return aten._scaled_dot_product_flash_attention(query, key, value, scale=scale)[:2]
         if torch.backends.cuda.can_use_efficient_attention(facts):
             out, lse = aten._scaled_dot_product_efficient_attention(query, key, value, None, True, scale=scale)[:2]

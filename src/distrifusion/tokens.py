@@ -17,10 +17,10 @@ from distrifusion.mesh import AttentionAxes, CallLayout
 from distrifusion.nested import map_tensors, take_rows
 from distrifusion.plan import Plan
 from distrifusion.strategies.attach import Attachment
-from distrifusion.strategies.attention import Attend
+from distrifusion.strategies.attention import Attend, TokenStep
 from distrifusion.strategies.ring import RingAttention
 from distrifusion.strategies.token_patch import GatheredAttention
-from distrifusion.strategies.tokens import TokenStep, TokenStrategy, TooFewTokens
+from distrifusion.strategies.tokens import TokenStrategy, TooFewTokens
 from distrifusion.strategies.ulysses import UlyssesAttention
 
 

@@ -12,7 +12,7 @@ import torch
 from diffusers import DiffusionPipeline
 from transformers import CLIPTextModelWithProjection
 
-from gloo.small_pipelines import _text_config, _vae, tokenizer
+from gloo.small_pipelines import autoencoder, text_config, tokenizer
 from models import perturb
 from transformers_tiny import cogvideox, flux, hunyuan, noise, pixart, qwen, sd3, sd35, wan
 
@@ -48,7 +48,7 @@ class Case:
 def vae() -> diffusers.AutoencoderKL:
     """Four latent channels, factor 8, shifted as that of SD3."""
     torch.manual_seed(0)
-    model = _vae()
+    model = autoencoder()
     model.register_to_config(shift_factor=0.1, use_quant_conv=False, use_post_quant_conv=False)
     model.quant_conv = model.post_quant_conv = None
     return perturb(model)
@@ -56,7 +56,7 @@ def vae() -> diffusers.AutoencoderKL:
 
 def clip(seed: int) -> CLIPTextModelWithProjection:
     torch.manual_seed(seed)
-    return CLIPTextModelWithProjection(_text_config(8, len(tokenizer()))).eval()
+    return CLIPTextModelWithProjection(text_config(8, len(tokenizer()))).eval()
 
 
 @cache

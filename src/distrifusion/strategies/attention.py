@@ -5,13 +5,29 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 
-if TYPE_CHECKING:
-    from distrifusion.strategies.tokens import TokenStep
+from distrifusion.mesh import AttentionAxes
+
+
+@dataclass(frozen=True)
+class TokenStep:
+    """What a layer must know of the denoiser call it is in.
+
+    Attributes:
+        team: ranks that share the tokens, in the order of their parts.
+        index: this rank's place in it.
+        axes: the team as a grid of ways to attend.
+        alone: attention sees the own tokens only.
+    """
+
+    team: tuple[int, ...]
+    index: int
+    axes: AttentionAxes
+    alone: bool = False
 
 
 @dataclass(frozen=True)

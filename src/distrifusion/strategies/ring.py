@@ -10,8 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from distrifusion.exchange.verbs import Exchange
-from distrifusion.strategies.attention import AttentionCall, attend_with_sum, merge_, starts_of
-from distrifusion.strategies.tokens import TokenStep
+from distrifusion.strategies.attention import AttentionCall, TokenStep, attend_with_sum, merge_, starts_of
 
 
 class RingAttention:

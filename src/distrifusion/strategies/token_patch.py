@@ -9,8 +9,7 @@ import torch
 
 from distrifusion.exchange.verbs import Exchange
 from distrifusion.plan import SiteKind
-from distrifusion.strategies.attention import AttentionCall, attend
-from distrifusion.strategies.tokens import TokenStep
+from distrifusion.strategies.attention import AttentionCall, TokenStep, attend
 
 
 class GatheredAttention:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -18,35 +17,18 @@ from torch.overrides import TorchFunctionMode
 from distrifusion.anatomy.base import Site
 from distrifusion.anatomy.tokens import Cut, CutSite, JoinSite, TokenAttentionSite
 from distrifusion.errors import UnsupportedModel
+from distrifusion.exchange.handles import with_length
 from distrifusion.exchange.verbs import Exchange
-from distrifusion.mesh import AttentionAxes
 from distrifusion.nested import map_tensors
 from distrifusion.partition import token_intervals
 from distrifusion.strategies.attach import Attachment
-from distrifusion.strategies.attention import Attend, AttentionCall
+from distrifusion.strategies.attention import Attend, AttentionCall, TokenStep
 
 Forward = Callable[..., Any]
 
 
 class TooFewTokens(Exception):
     """A stream has fewer tokens than the team has ranks. All of them find out at the same cut."""
-
-
-@dataclass(frozen=True)
-class TokenStep:
-    """What a layer must know of the denoiser call it is in.
-
-    Attributes:
-        team: ranks that share the tokens, in the order of their parts.
-        index: this rank's place in it.
-        axes: the team as a grid of ways to attend.
-        alone: attention sees the own tokens only.
-    """
-
-    team: tuple[int, ...]
-    index: int
-    axes: AttentionAxes
-    alone: bool = False
 
 
 class TokenStrategy:
@@ -128,10 +110,10 @@ class TokenStrategy:
         if len(team) == 1:
             return own
         (lengths,) = self._lengths(site, own, own.shape[site.dim])
-        parts = dict(zip(team, (own.new_empty(_with_length(own, site.dim, n)) for n in lengths), strict=True))
-        others = {rank: part.shape for rank, part in parts.items() if rank != team[self.step.index]}
-        parts |= {team[self.step.index]: own, **self._exchange.collect(site.name, own, others).wait()}
-        return torch.cat(list(parts.values()), site.dim)
+        shapes = {rank: with_length(own.shape, site.dim, n) for rank, n in zip(team, lengths, strict=True)}
+        shapes.pop(team[self.step.index])
+        parts = {**self._exchange.collect(site.name, own, shapes).wait(), team[self.step.index]: own}
+        return torch.cat([parts[rank] for rank in team], site.dim)
 
     def _attention(self, site: TokenAttentionSite, forward: Forward, *args: Any, **kwargs: Any) -> Any:
         if len(self.step.team) == 1 or self.step.alone:
@@ -192,10 +174,6 @@ class TokenStrategy:
             by_place = [received.get(rank, numbers).tolist() for rank in team]
             self._told[key] = tuple(tuple(lengths) for lengths in zip(*by_place, strict=True))
         return self._told[key]
-
-
-def _with_length(x: torch.Tensor, dim: int, length: int) -> list[int]:
-    return [length if d == dim else n for d, n in enumerate(x.shape)]
 
 
 class _AttentionCalls(TorchFunctionMode):

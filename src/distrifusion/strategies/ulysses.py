@@ -13,8 +13,7 @@ import torch
 
 from distrifusion.exchange.verbs import Exchange
 from distrifusion.partition import Interval, split_evenly
-from distrifusion.strategies.attention import Attend, AttentionCall, attend, starts_of
-from distrifusion.strategies.tokens import TokenStep
+from distrifusion.strategies.attention import Attend, AttentionCall, TokenStep, attend, starts_of
 
 
 class UlyssesAttention:

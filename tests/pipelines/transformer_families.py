@@ -24,6 +24,13 @@ def picture() -> torch.Tensor:
     return torch.rand(1, 3, HEIGHT, WIDTH, generator=torch.Generator().manual_seed(0))
 
 
+def mask() -> torch.Tensor:
+    """1 where to paint: a rectangle across the parts of ranks."""
+    painted = torch.zeros(1, 1, HEIGHT, WIDTH)
+    painted[..., HEIGHT // 5 : HEIGHT // 2 + 9, WIDTH // 3 :] = 1
+    return painted
+
+
 @dataclass(frozen=True)
 class Case:
     """One pipeline and one call of it.
@@ -64,6 +71,12 @@ def _euler() -> diffusers.FlowMatchEulerDiscreteScheduler:
     return diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
 
 
+def control(cls: Any, transformer: Any) -> Any:
+    """A ControlNet that fits a transformer, no layer of it zero; it runs whole on every rank."""
+    torch.manual_seed(1)
+    return perturb(cls.from_config({**transformer.config, "num_layers": 2}))
+
+
 def stable_diffusion_3(cls: type[DiffusionPipeline], transformer: Any) -> DiffusionPipeline:
     """Two CLIP encoders, the place of the third one empty."""
     parts = {"text_encoder": clip(0), "text_encoder_2": clip(1), "text_encoder_3": None, "tokenizer_3": None}
@@ -72,9 +85,9 @@ def stable_diffusion_3(cls: type[DiffusionPipeline], transformer: Any) -> Diffus
     )
 
 
-def flux_pipeline(cls: type[DiffusionPipeline], guidance_embeds: bool) -> DiffusionPipeline:
+def flux_pipeline(cls: type[DiffusionPipeline], guidance_embeds: bool, **more: Any) -> DiffusionPipeline:
     empty = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
-    return cls(transformer=flux(guidance_embeds), vae=vae(), scheduler=_euler(), **empty)
+    return cls(transformer=flux(guidance_embeds), vae=vae(), scheduler=_euler(), **empty, **more)
 
 
 def pixart_pipeline(cls: type[DiffusionPipeline]) -> DiffusionPipeline:
@@ -155,6 +168,23 @@ def _flux_cases() -> dict[str, Case]:
         "FluxPipeline, true guidance": Case(lambda: flux_pipeline(name, True), {**text, **negative, **SIZE}),
         "FluxImg2ImgPipeline": Case(
             lambda: flux_pipeline(from_image, True), {**text, **SIZE, "image": picture(), "strength": 0.9}
+        ),
+        "FluxInpaintPipeline": Case(
+            lambda: flux_pipeline(diffusers.FluxInpaintPipeline, True),
+            {**text, **SIZE, "image": picture(), "mask_image": mask(), "strength": 0.9},
+            ("patch3",),
+        ),
+        "FluxKontextPipeline": Case(
+            lambda: flux_pipeline(diffusers.FluxKontextPipeline, True),
+            {**text, **SIZE, "image": picture(), "_auto_resize": False, "max_area": HEIGHT * WIDTH},
+            ("ulysses2",),
+        ),
+        "FluxControlNetPipeline": Case(
+            lambda: flux_pipeline(
+                diffusers.FluxControlNetPipeline, True, controlnet=control(diffusers.FluxControlNetModel, flux())
+            ),
+            {**text, **SIZE, "control_image": picture(), "controlnet_conditioning_scale": 0.7},
+            ("patch3", "ring2"),
         ),
     }
 

@@ -6,6 +6,7 @@ import inspect
 import re
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -124,9 +125,11 @@ class TokenAnatomy:
         for name, module in model.named_modules():
             check_call(name, module)
             if name:
-                found += [CutSite(name, module, cut) for cut in self.cuts if _is_named(cut.module, name)]
-                found += [JoinSite(name, module, join.dim) for join in self.joins if _is_named(join.module, name)]
-            if any(_is_named(pattern, name) for pattern in self.attentions):
+                found += [CutSite(name, module, cut) for cut in self.cuts if _names(cut.module).fullmatch(name)]
+                found += [
+                    JoinSite(name, module, join.dim) for join in self.joins if _names(join.module).fullmatch(name)
+                ]
+            if name and _names(*self.attentions).fullmatch(name):
                 self._check_attention(name, module)
                 found.append(TokenAttentionSite(name, module))
             else:
@@ -166,7 +169,7 @@ class TokenAnatomy:
     def _check_found(self, model: nn.Module, names: set[str]) -> None:
         wanted = [cut.module for cut in self.cuts if cut.module] + [join.module for join in self.joins]
         for pattern in (*wanted, *self.attentions):
-            if not any(_is_named(pattern, name) for name in names):
+            if pattern not in names and not any(map(_names(pattern).fullmatch, names)):
                 raise UnsupportedModel(f"{type(model).__name__} has no module '{pattern}', of which its anatomy tells")
 
 
@@ -210,8 +213,10 @@ def _require_plain(model: nn.Module, module: str, plain: bool) -> None:
         )
 
 
-def _is_named(pattern: str, name: str) -> bool:
-    return re.fullmatch(r"\d+".join(map(re.escape, pattern.split("*"))), name) is not None
+@lru_cache(maxsize=256)
+def _names(*patterns: str) -> re.Pattern[str]:
+    """What matches names of modules, "*" for any one index; a large model has thousands of names."""
+    return re.compile("|".join(r"\d+".join(map(re.escape, pattern.split("*"))) for pattern in patterns))
 
 
 def _is_attention(module: nn.Module) -> bool:

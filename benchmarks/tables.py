@@ -18,6 +18,7 @@ from pathlib import Path
 
 import fidelity
 import speed
+import transformer_speed
 
 _ROOT = Path(__file__).parents[1]
 _DOCUMENT = _ROOT / "docs" / "measurements.md"
@@ -30,7 +31,9 @@ def table(name: str) -> str:
     document = json.loads((_RESULTS / name).read_text())
     printed = io.StringIO()
     with redirect_stdout(printed):
-        if "bands" in document["options"]:
+        if "words" in document["options"]:
+            transformer_speed.report(document["rows"], argparse.Namespace(**document["options"]))
+        elif "bands" in document["options"]:
             fidelity.report(document["rows"])
         else:
             speed.report(document["rows"], document["memory"], argparse.Namespace(**document["options"]))

@@ -25,15 +25,3 @@ def map_tensors(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> A
 def take_rows(rows: Interval, num_rows: int, value: torch.Tensor) -> torch.Tensor:
     """Some rows of the batch only; a tensor without that many rows is the same for all."""
     return value[rows.start : rows.stop] if value.dim() and value.shape[0] == num_rows else value
-
-
-def shapes_in(value: Any) -> tuple[Any, ...]:
-    """The shape and type of every tensor in nested dicts, lists and tuples, in order."""
-    found: list[Any] = []
-
-    def note(tensor: torch.Tensor) -> torch.Tensor:
-        found.append((tuple(tensor.shape), tensor.dtype))
-        return tensor
-
-    map_tensors(value, note)
-    return tuple(found)

@@ -232,3 +232,12 @@ def test_two_calls_of_one_step_keep_values_of_their_own(keeps_apart: bool, bound
     by_rank = on_ranks(flux(), "patch2.displaced.w0", work)
     error = max(relative_error(a, b) for outputs in by_rank for a, b in zip(outputs, references, strict=True))
     assert error <= bound if bound else error > 1e-3
+
+
+def test_residuals_that_end_within_a_run_leave_the_kept_values() -> None:
+    """A ControlNet may be asked for some steps only; the values of the step before are used again, not begun anew."""
+    x = inputs_of("SD3")
+    generator = torch.Generator().manual_seed(8)
+    controlled = {**x, "block_controlnet_hidden_states": [1e-6 * torch.randn(2, 35, 24, generator=generator)]}
+    by_step = errors(model_of("SD3"), "patch3.displaced.w0", [controlled, {**moved(x), "skip_layers": None}])
+    assert by_step[0] <= EXACT < by_step[1]

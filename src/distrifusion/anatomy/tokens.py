@@ -16,7 +16,6 @@ from torch import nn
 from distrifusion.anatomy.base import Site
 from distrifusion.anatomy.layers import check_call
 from distrifusion.errors import ConfigError, UnsupportedModel
-from distrifusion.nested import shapes_in
 
 # Processors of the general Attention class that call scaled_dot_product_attention once, on all tokens that they get.
 _PROCESSORS = {
@@ -94,7 +93,9 @@ class TokenCall:
     @property
     def key(self) -> Hashable:
         """What must be alike in two calls that use the same kept values."""
-        return shapes_in(self.bound.arguments)
+        # Not what is nested: the residuals of a ControlNet come and go within a run, and change no number of tokens.
+        tensors = {name: value for name, value in self.bound.arguments.items() if isinstance(value, torch.Tensor)}
+        return tuple((name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items())
 
 
 @dataclass(frozen=True)

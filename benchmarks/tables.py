@@ -18,6 +18,7 @@ from pathlib import Path
 
 import fidelity
 import speed
+import transformer_speed
 
 import memory
 
@@ -32,7 +33,9 @@ def table(name: str) -> str:
     document = json.loads((_RESULTS / name).read_text())
     printed = io.StringIO()
     with redirect_stdout(printed):
-        if "bands" in document["options"]:
+        if "words" in document["options"]:
+            transformer_speed.report(document["rows"], argparse.Namespace(**document["options"]))
+        elif "bands" in document["options"]:
             fidelity.report(document["rows"])
         elif "latents" in document["options"]:
             memory.report(document["rows"])

@@ -123,9 +123,10 @@ def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:
 
 def moved(inputs: dict[str, object], amount: float = 0.1, seed: int = 9) -> dict[str, object]:
     """The same arguments with noise of the given size added to the latents."""
-    sample = inputs["sample"]
+    name = "sample" if "sample" in inputs else "hidden_states"
+    sample = inputs[name]
     noise = torch.randn(sample.shape, generator=torch.Generator().manual_seed(seed))
-    return {**inputs, "sample": sample + (amount * noise).to(sample.dtype)}
+    return {**inputs, name: sample + (amount * noise).to(sample.dtype)}
 
 
 def to_dtype(inputs: dict[str, object], dtype: torch.dtype) -> dict[str, object]:

@@ -17,6 +17,7 @@ from diffusers.pipelines.pag.pag_utils import PAGMixin
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from distrifusion.anatomy import check_family
 from distrifusion.anatomy.vae import halves_of
 from distrifusion.autoencoder import Calls, ParallelCoder
 from distrifusion.denoiser import ParallelDenoiser
@@ -29,6 +30,8 @@ from distrifusion.plan import Plan, Split
 from distrifusion.request import Parallel, callbacks_alone, request
 
 _HANDLE = "_distrifusion"
+# Components that predict; those after the first take over in the course of a run, and have a prefix of their own.
+_DENOISERS = ("unet", "transformer", "transformer_2")
 
 
 def parallelize(
@@ -47,8 +50,8 @@ def parallelize(
     A pipeline that `from_pipe` made of this one shares its U-Net: call `parallelize` on it as well, with the same plan.
 
     Args:
-        pipe: an unmodified pipeline with a `unet` (SDXL, SD 1.x, SD 2.x); it stays of its class, parameters keep
-            their names. It is on this rank's device already.
+        pipe: an unmodified pipeline with a `unet` (SDXL, SD 1.x, SD 2.x) or a `transformer` (SD3, FLUX, PixArt, Wan and
+            others); it stays of its class, parameters keep their names. It is on this rank's device already.
         plan: a Plan or its text, such as "cfg2.patch2.displaced.w4".
         mesh: the ranks. None: the default process group, initialised by the caller. A one-dimensional DeviceMesh: its
             group. A Transport: messages of the caller's own making.
@@ -71,10 +74,11 @@ def parallelize(
         raise ConfigError(f"pictures={pictures!r} must be 'all' or 'first': the ranks that get them")
     if hasattr(pipe, _HANDLE):
         raise ConfigError("this pipeline is parallelized already; call unparallelize(pipe) first")
-    if getattr(pipe, "unet", None) is None:
-        raise UnsupportedModel(f"{type(pipe).__name__} has no unet; only U-Net pipelines can be parallelized")
     check_class(type(pipe), plan)
-    shared = _division_of(pipe.unet)
+    first = next(iter(_denoisers(pipe).values()), None)
+    if first is None:
+        raise UnsupportedModel(f"{type(pipe).__name__} has no {' or '.join(_DENOISERS)} that could be parallelized")
+    shared = _division_of(first)
     transport = shared.exchange.transport if shared else _transport(plan, mesh, pipe.device)
     plan.check_devices(transport.world_size)
     denoisers: list[ParallelDenoiser] = []
@@ -99,8 +103,9 @@ def check_class(cls: type, plan: Plan) -> None:
     """Check what a pipeline's class alone says of whether a plan can divide it, before any weight is read.
 
     Raises:
-        PlanError: if its pipelines divide their batch themselves and the plan does so too.
-        UnsupportedModel: if its pipelines have no U-Net and the plan needs several ranks.
+        PlanError: if its pipelines divide their batch themselves and the plan does so too, or if the plan says what
+            has no meaning for their denoiser.
+        UnsupportedModel: if its pipelines have no denoiser that is known and the plan needs several ranks.
     """
     if plan.batch > 1 and issubclass(cls, PAGMixin):
         raise PlanError(
@@ -109,10 +114,21 @@ def check_class(cls: type, plan: Plan) -> None:
         )
     parameters = inspect.signature(cls).parameters
     open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    if plan.num_ranks > 1 and "unet" not in parameters and not open_ended:
-        raise UnsupportedModel(
-            f"{cls.__name__} has no unet; only U-Net pipelines can be parallelized, and this one runs on one device"
-        )
+    name = next((name for name in _DENOISERS if name in parameters), None)
+    if plan.num_ranks == 1:
+        return
+    if name is None:
+        if not open_ended:
+            raise UnsupportedModel(
+                f"{cls.__name__} has no {' or '.join(_DENOISERS[:2])} that could be parallelized; it runs on one device"
+            )
+    elif name == "unet":
+        plan.check_bands(cls.__name__)
+    else:
+        plan.check_tokens(cls.__name__)
+        annotation = parameters[name].annotation
+        if isinstance(annotation, type) and issubclass(annotation, nn.Module):
+            check_family(annotation)
 
 
 def unparallelize(pipe: DiffusionPipeline) -> DiffusionPipeline:
@@ -133,7 +149,7 @@ def unparallelize(pipe: DiffusionPipeline) -> DiffusionPipeline:
 
 
 def denoiser_of(pipe: DiffusionPipeline) -> ParallelDenoiser:
-    """The parallel U-Net of a parallelized pipeline (byte counts, pool, plan).
+    """The parallel denoiser of a parallelized pipeline (byte counts, pool, plan).
 
     Raises:
         ConfigError: if the pipeline is not parallelized.
@@ -142,7 +158,7 @@ def denoiser_of(pipe: DiffusionPipeline) -> ParallelDenoiser:
 
 
 def denoisers_of(pipe: DiffusionPipeline) -> tuple[ParallelDenoiser, ...]:
-    """The parallel U-Net of a parallelized pipeline, then its parallel ControlNets.
+    """The parallel denoisers of a parallelized pipeline, then its parallel ControlNets.
 
     Raises:
         ConfigError: if the pipeline is not parallelized.
@@ -171,9 +187,15 @@ def _parallel_of(pipe: DiffusionPipeline) -> Parallel:
     return parallel
 
 
+def _denoisers(pipe: Any) -> dict[str, nn.Module]:
+    """The models that predict, by the prefix of their layers' names: none for the first."""
+    found = [(name, model) for name in _DENOISERS if (model := getattr(pipe, name, None)) is not None]
+    return {f"{name}." if i else "": model for i, (name, model) in enumerate(found)}
+
+
 def _divided_models(pipe: Any) -> dict[str, nn.Module]:
     """The models that are divided, by the prefix of their layers' names; others run whole on every rank."""
-    models: dict[str, nn.Module] = {"": pipe.unet}
+    models = _denoisers(pipe)
     control = getattr(pipe, "controlnet", None)
     nets: list[Any] = list(control.nets) if isinstance(control, MultiControlNetModel) else [control]
     # The residuals of several nets are added, so either all are cut or none; an average over the picture is not cut.
@@ -306,7 +328,7 @@ def _refresh(pipe: Any, parallel: Parallel) -> None:
     for division, model in itertools.zip_longest(parallel.divisions, models):
         if division is None or division.model is not model:
             raise ConfigError(
-                "the unet, controlnet or vae of this pipeline was replaced after parallelize (torch.compile does that "
-                "too); call unparallelize(pipe), then parallelize(pipe, plan)"
+                "a denoiser, controlnet or vae of this pipeline was replaced after parallelize (torch.compile does "
+                "that too); call unparallelize(pipe), then parallelize(pipe, plan)"
             )
         division.refresh()

@@ -14,7 +14,7 @@ class CallLayout:
 
     Attributes:
         batch: rows of the batch that each rank evaluates, by rank.
-        band: index of the band that each rank owns within its team, by rank.
+        band: index of the band, or part of the tokens, that each rank owns within its team, by rank.
         team: ranks that evaluate the same rows of the batch as this rank, in band order.
         index: this rank's place in `team`.
     """
@@ -24,10 +24,49 @@ class CallLayout:
     team: tuple[int, ...]
     index: int
 
+    @property
+    def rows(self) -> Interval:
+        """Rows of the batch that this rank evaluates."""
+        return self.batch[self.team[self.index]]
+
+    @property
+    def others_with_my_band(self) -> tuple[int, ...]:
+        """Ranks that have the same part of other rows of the batch."""
+        return tuple(r for r, band in enumerate(self.band) if band == self.index and r not in self.team)
+
+
+@dataclass(frozen=True)
+class AttentionAxes:
+    """A team as a grid, axes outer to inner: ring, ulysses.
+
+    Attributes:
+        ulysses: places in the team that attend to the same keys at a time, each with heads of its own.
+        ring: places that have the same heads, each with keys of its own.
+        index: this rank's place in both, in the order of the two above.
+    """
+
+    ulysses: tuple[int, ...]
+    ring: tuple[int, ...]
+    index: tuple[int, int]
+
+    @classmethod
+    def of(cls, plan: Plan, size: int, place: int) -> AttentionAxes:
+        """The axes of a rank's place in a team of some size, which a call without branches can make larger."""
+        degree = size if plan.ring == 1 else size // plan.ring if plan.ulysses > 1 else 1
+        block, head = divmod(place, degree)
+        return cls(
+            ulysses=tuple(range(block * degree, (block + 1) * degree)),
+            ring=tuple(range(head, size, degree)),
+            index=(head, block),
+        )
+
 
 @dataclass(frozen=True)
 class RankGrid:
-    """The ranks as a grid, axes outer to inner: batch (pictures and guidance branches), patch."""
+    """The ranks as a grid, axes outer to inner: batch (pictures and guidance branches), then what divides a picture.
+
+    The latter is patch, or ring and ulysses.
+    """
 
     plan: Plan
     rank: int

@@ -33,6 +33,16 @@ def split_evenly(total: int, parts: int) -> tuple[Interval, ...]:
     return tuple(Interval(a, b) for a, b in pairwise(edges))
 
 
+@lru_cache(maxsize=256)
+def token_intervals(num_tokens: int, num_owners: int) -> tuple[Interval, ...]:
+    """The tokens of one stream (picture or text) that each owner has, in order.
+
+    Cuts need not lie between rows of tokens: what is done to a token beside attention does not look at its neighbours,
+    so the parts are as even as can be.
+    """
+    return split_evenly(num_tokens, num_owners)
+
+
 @dataclass(frozen=True)
 class Level:
     """One resolution of the network and who owns which part of it.

@@ -37,7 +37,7 @@ class Norms(StrEnum):
 ALL_KINDS = frozenset(SiteKind)
 DEFAULT_WARMUP = 4
 
-_DEGREE = re.compile(r"(dp|cfg|patch)(\d+)")
+_DEGREE = re.compile(r"(dp|cfg|patch|ulysses|ring)(\d+)")
 DEFAULT_STALE = frozenset({SiteKind.KV})
 DEFAULT_FORECAST = 50
 MOST_FORECAST = 200
@@ -48,7 +48,7 @@ _NUMBERS = {"w": "warmup", "delta": "delta", "forecast": "forecast", "resync": "
 _NUMBER = re.compile(rf"({'|'.join(_NUMBERS)})(\d+)")
 _POLICY_WORDS = ("sync", "displaced", "frozen", "naive")
 _WORDS = (
-    "dp<N>", "cfg<N>", "patch<N>", *Split, *_POLICY_WORDS, *SiteKind, "all", *Norms,
+    "dp<N>", "cfg<N>", "patch<N>", "ulysses<N>", "ring<N>", *Split, *_POLICY_WORDS, *SiteKind, "all", *Norms,
     "delta<bits>", "forecast<percent>", "resync<percent>", "w<N>",
 )  # fmt: skip
 
@@ -58,12 +58,13 @@ class Plan:
     """How one denoiser call is divided over ranks, and which activations may be one call old.
 
     The text form joins words with dots: `cfg2.patch4.displaced.w4`. Words: `dp<N>`, `cfg<N>` and `patch<N>` (degrees),
-    `rows` or `columns` (direction of the bands), `sync` or `displaced` (DistriFusion, arXiv 2402.19481), after
-    `displaced` the kinds that may be stale (`kv`, `halo`, `norm`; `kv` if none is named; `all` is the published form),
-    and `w<N>`.
-    `delta<bits>` sends keys and values as coded differences (CompactFusion, arXiv 2507.17511), fresh ones or, after
-    `displaced`, stale ones. After `displaced`, `forecast` or `forecast<percent>` extrapolates stale keys and values,
-    and `resync<percent>` makes a call synchronous when they have drifted by more than that since the one before.
+    and for transformers, in place of `patch<N>`, `ulysses<N>` (DeepSpeed Ulysses, arXiv 2309.14509), `ring<N>` (ring
+    attention, arXiv 2310.01889) or both; `rows` or `columns` (direction of the bands), `sync` or `displaced`
+    (DistriFusion, arXiv 2402.19481), after `displaced` the kinds that may be stale (`kv`, `halo`, `norm`; `kv` if none
+    is named; `all` is the published form), and `w<N>`. `delta<bits>` sends keys and values as coded differences
+    (CompactFusion, arXiv 2507.17511), fresh ones or, after `displaced`, stale ones. After `displaced`, `forecast` or
+    `forecast<percent>` extrapolates stale keys and values, and `resync<percent>` makes a call synchronous when they
+    have drifted by more than that since the one before.
     For research: `frozen` in place of `displaced` (the others' values stay those of the last synchronous call), `naive`
     (bands exchange nothing but the prediction; rows, columns or `alternating`), and after `displaced.all` or
     `frozen.all` `stalenorm` or `separatenorm` (what norms do with old statistics).
@@ -71,7 +72,9 @@ class Plan:
     Attributes:
         dp: groups of ranks over which the pictures of one call are spread; at least 1.
         cfg: ranks over which the branches of classifier-free guidance are spread; 1 or 2.
-        patch: bands into which the picture is cut, one per rank; at least 1.
+        patch: bands into which the picture is cut, one per rank; at least 1. Bands of a transformer are tokens.
+        ulysses: ranks that divide the heads of attention among them, and all else by tokens; at least 1.
+        ring: ranks that pass keys and values around, and divide all else by tokens; at least 1.
         split: direction of the cut.
         stale: kinds of site that use the last call's remote values; empty means synchronous and exact.
         warmup: denoiser calls after the first that stay synchronous; the first has nothing stale to use, so `w4`
@@ -91,6 +94,8 @@ class Plan:
     dp: int = 1
     cfg: int = 1
     patch: int = 1
+    ulysses: int = 1
+    ring: int = 1
     split: Split = Split.ROWS
     stale: frozenset[SiteKind] = frozenset()
     warmup: int = DEFAULT_WARMUP
@@ -110,6 +115,7 @@ class Plan:
             raise PlanError(f"patch{self.patch}: the number of bands is at least 1; use patch1 for no split")
         if self.warmup < 0:
             raise PlanError(f"w{self.warmup}: the number of warm-up calls is at least 0")
+        self._check_axes()
         if self.patch == 1 and (self.delta is not None or not self.exact):
             word = self._policy if self.delta is None else f"delta{self.delta}"
             raise PlanError(f"{word} needs at least two bands to have an effect; add patch2 or drop it")
@@ -122,6 +128,30 @@ class Plan:
         if self.split is Split.ALTERNATING and not self.naive:
             raise PlanError("alternating bands have no values to use again; add naive, or choose rows or columns")
         self._check_knobs()
+
+    def _check_axes(self) -> None:
+        """Check that what divides the picture is one thing, and that no word is about another one."""
+        if self.ulysses < 1 or self.ring < 1:
+            raise PlanError(
+                f"ulysses{self.ulysses}, ring{self.ring}: a degree is at least 1; leave it out for no split"
+            )
+        if not self.divides_heads:
+            return
+        words = ".".join(self._attention_words)
+        if self.patch > 1:
+            both = self.patch * self.ulysses * self.ring
+            raise PlanError(
+                f"'patch{self.patch}' and '{words}' are two ways to divide the same tokens; use 'patch{both}' or "
+                f"'{replace(self, patch=1, ulysses=self.ulysses * self.patch)}'"
+            )
+        kept = self._policy if self.stale or self.naive else None if self.delta is None else f"delta{self.delta}"
+        if kept is not None:
+            raise PlanError(
+                f"'{kept}' is about keys and values that are kept, and '{words}' keeps none; use "
+                f"'patch{self.ulysses * self.ring}.{kept}' or drop it"
+            )
+        if self.split is not Split.ROWS:
+            raise PlanError(f"'{self.split}' is a direction of bands, and '{words}' has none; drop it or use patch<N>")
 
     def _check_knobs(self) -> None:
         """Check what says how values travel and are used again; a knob without effect is an error."""
@@ -144,12 +174,22 @@ class Plan:
     @property
     def num_ranks(self) -> int:
         """Number of ranks the plan occupies."""
-        return self.batch * self.patch
+        return self.batch * self.patch * self.ulysses * self.ring
 
     @property
     def batch(self) -> int:
         """Number of parts into which the rows of the batch, pictures and guidance branches, are cut."""
         return self.dp * self.cfg
+
+    @property
+    def divides_heads(self) -> bool:
+        """True for plans that divide attention by heads or by passing keys around: those of transformers alone."""
+        return self.ulysses > 1 or self.ring > 1
+
+    @property
+    def _attention_words(self) -> list[str]:
+        degrees = {"ulysses": self.ulysses, "ring": self.ring}
+        return [f"{word}{degree}" for word, degree in degrees.items() if degree > 1]
 
     @property
     def exact(self) -> bool:
@@ -179,6 +219,7 @@ class Plan:
 
     def __str__(self) -> str:
         words = [f"{axis}{degree}" for axis, degree in (("dp", self.dp), ("cfg", self.cfg)) if degree > 1]
+        words += self._attention_words
         if self.patch > 1 or not words:
             words.append(f"patch{self.patch}")
         if self.split is not Split.ROWS:
@@ -226,9 +267,44 @@ class Plan:
         cfg = self.cfg if num_ranks % self.cfg == 0 else 1
         dp = self.dp if num_ranks % (self.dp * cfg) == 0 else 1
         patch = num_ranks // (dp * cfg)
+        if self.divides_heads:
+            ring = self.ring if patch % self.ring == 0 else 1
+            ring, ulysses = (patch, 1) if self.ulysses == 1 else (ring, patch // ring)
+            return replace(self, dp=dp, cfg=cfg, ulysses=ulysses, ring=ring)
         if patch > 1 or (self.exact and self.delta is None):
             return replace(self, dp=dp, cfg=cfg, patch=patch)
         return Plan(dp=dp, cfg=cfg, patch=patch, split=Split.ROWS if self.split is Split.ALTERNATING else self.split)
+
+    def check_bands(self, model: str) -> None:
+        """Check that the plan can divide a model with convolutions, which `model` names.
+
+        Raises:
+            PlanError: if it divides attention alone.
+        """
+        if self.divides_heads:
+            words = ".".join(self._attention_words)
+            raise PlanError(
+                f"plan '{self}': '{words}' divides the attention of transformers, and {model} has convolutions too; "
+                f"use '{replace(self, patch=self.ulysses * self.ring, ulysses=1, ring=1)}'"
+            )
+
+    def check_tokens(self, model: str) -> None:
+        """Check that the plan can divide a transformer, which `model` names.
+
+        Raises:
+            PlanError: if a word of it says nothing to one; a plan without the word is named.
+        """
+        plain = replace(self, split=Split.ROWS, norms=Norms.CORRECTED)
+        if self.stale not in (frozenset(), ALL_KINDS):
+            plain = (
+                replace(plain, stale=DEFAULT_STALE)
+                if SiteKind.KV in self.stale
+                else Plan(self.dp, self.cfg, self.patch)
+            )
+        if plain != self:
+            raise PlanError(
+                f"plan '{self}': {model} is cut by tokens, so it has no columns, borders or group norms; use '{plain}'"
+            )
 
     def check_devices(self, num_devices: int) -> None:
         """Check that the plan occupies exactly the devices given.
@@ -291,6 +367,8 @@ def _unknown_word(text: str, word: str) -> str:
         "dp": "dp2",
         "cfg": "cfg2",
         "patch": "patch2",
+        "ulysses": "ulysses2",
+        "ring": "ring2",
         "w": "w4",
         "delta": "delta4",
         "resync": "resync20",

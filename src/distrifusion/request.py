@@ -29,7 +29,7 @@ class Parallel:
     """What is put on a pipeline.
 
     Attributes:
-        denoisers: its U-Net, then its ControlNets.
+        denoisers: its U-Net or transformers, then its ControlNets.
         coders: the halves of its autoencoders.
         pictures: who gets what a run decodes.
         now: how the ranks call the pipeline's encoders at this moment.

@@ -9,6 +9,7 @@ from importlib import resources
 # Area -> its heading, in the order in which a user asks.
 AREAS = {
     "pipeline": "Pipelines",
+    "transformer": "Diffusion transformers",
     "adapter": "Adapters",
     "feature": "Features of diffusers",
     "scheduler": "Schedulers",

@@ -110,7 +110,7 @@ def test_the_demo_on_one_device_equals_itself() -> None:
     assert data["passed"] is True and data["summary"]["psnr"]["worst"] is None  # infinite
     assert data["summary"]["latent_error"]["worst"] == 0
     assert data["frechet"]["plan to one device"] < 0.001 and set(data["accuracy"]) == {"plan", "one device"}
-    assert data["skipped"]["seam"] == "the plan does not cut the picture"
+    assert data["skipped"]["seam"] == "the picture is not cut into bands"
 
 
 @pytest.mark.parametrize(

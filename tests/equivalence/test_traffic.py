@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -13,65 +11,15 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 from diffusers.models.upsampling import Upsample2D
 from division import Inputs
+from listening import traffic
 from torch import nn
 
 from distrifusion import Plan
-from distrifusion.denoiser import ParallelDenoiser
 from distrifusion.exchange.pool import PARCEL_SITES
-from distrifusion.exchange.transport import Message, Pending
-from distrifusion.exchange.virtual import VirtualTransport, VirtualWorld
 from distrifusion.partition import partition_levels
-from models import moved, share_weights, unet_inputs
+from models import moved, unet_inputs
 
 HEIGHT, WIDTH, BATCH = 41, 25, 2
-
-
-class Listening:
-    """A virtual rank's transport that notes to whom how many bytes go."""
-
-    def __init__(self, transport: VirtualTransport) -> None:
-        self.rank, self.world_size = transport.rank, transport.world_size
-        self.messages: list[Message] = []
-        self._transport = transport
-
-    def post(self, sends: Sequence[Message], receives: Sequence[Message]) -> Pending:
-        self.messages += sends
-        return self._transport.post(sends, receives)
-
-    def broadcast(self, value: Any) -> Any:
-        return self._transport.broadcast(value)
-
-
-@dataclass(frozen=True)
-class Traffic:
-    """What one rank sent in one call."""
-
-    by_kind: dict[str, int]
-    num_posts: int
-    messages: tuple[Message, ...]
-
-
-def traffic(unet: UNet2DConditionModel, plan: Plan, steps: Sequence[Inputs]) -> list[Traffic]:
-    """The traffic of the last of a request's steps, by rank."""
-
-    def work(transport: VirtualTransport) -> Traffic:
-        listening = Listening(transport)
-        model = share_weights(unet)
-        denoiser = ParallelDenoiser(model, plan, listening)
-        denoiser.attach()
-        with torch.no_grad():
-            denoiser.open("request")
-            for inputs in steps:
-                denoiser.slot = 0
-                denoiser.exchange.bytes_sent.clear()
-                denoiser.exchange.num_posts = 0
-                listening.messages.clear()
-                model(**inputs)
-            denoiser.close()
-        exchange = denoiser.exchange
-        return Traffic(dict(exchange.bytes_sent), exchange.num_posts, tuple(listening.messages))
-
-    return VirtualWorld(plan.num_ranks).run(work)
 
 
 def layer_inputs(unet: UNet2DConditionModel, inputs: Inputs) -> list[tuple[nn.Module, torch.Size]]:

@@ -53,7 +53,7 @@ def tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=16)
 
 
-def _text_config(hidden_size: int, vocab_size: int) -> CLIPTextConfig:
+def text_config(hidden_size: int, vocab_size: int) -> CLIPTextConfig:
     return CLIPTextConfig(
         vocab_size=vocab_size,
         hidden_size=hidden_size,
@@ -68,7 +68,7 @@ def _text_config(hidden_size: int, vocab_size: int) -> CLIPTextConfig:
     )
 
 
-def _vae() -> AutoencoderKL:
+def autoencoder() -> AutoencoderKL:
     """Factor 8, as in the large models."""
     blocks = 4
     return AutoencoderKL(
@@ -86,9 +86,9 @@ def sdxl_pipeline(scheduler: str) -> StableDiffusionXLPipeline:
     torch.manual_seed(2)
     return _quiet(
         StableDiffusionXLPipeline(
-            vae=_vae(),
-            text_encoder=perturb(CLIPTextModel(_text_config(8, len(words)))),
-            text_encoder_2=perturb(CLIPTextModelWithProjection(_text_config(16, len(words)))),
+            vae=autoencoder(),
+            text_encoder=perturb(CLIPTextModel(text_config(8, len(words)))),
+            text_encoder_2=perturb(CLIPTextModelWithProjection(text_config(16, len(words)))),
             tokenizer=words,
             tokenizer_2=words,
             unet=sdxl_unet(
@@ -110,8 +110,8 @@ def sd_pipeline(scheduler: str) -> StableDiffusionPipeline:
     torch.manual_seed(2)
     return _quiet(
         StableDiffusionPipeline(
-            vae=_vae(),
-            text_encoder=perturb(CLIPTextModel(_text_config(24, len(words)))),
+            vae=autoencoder(),
+            text_encoder=perturb(CLIPTextModel(text_config(24, len(words)))),
             tokenizer=words,
             unet=sd_unet(
                 block_out_channels=(16, 32),

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from work import broadcast_words, messages_of_one_tag, predict
+from work import broadcast_words, messages_of_one_tag, predict, predict_tokens
 from world import GlooWorld
 
+from distrifusion import Plan
 from models import moved, relative_error, sdxl_unet, unet_inputs
+from transformers_tiny import flux, flux_inputs
 
 EXACT = 1e-5
 on_every_transport = pytest.mark.parametrize("kind", ["sockets", "shared memory"])
@@ -37,3 +39,15 @@ def test_another_shape_within_a_request_starts_synchronously(gloo: GlooWorld, ki
         first, second, third, fourth, _ = map(relative_error, outputs, references)
         assert max(first, third, fourth) <= EXACT
         assert second > 1e-3
+
+
+@on_every_transport
+@pytest.mark.parametrize(
+    "plans", [["ulysses4", "ring4", "ulysses2.ring2", "cfg2.ulysses2", "patch4.displaced.w0"], ["ring3", "ulysses3"]]
+)
+def test_ways_to_divide_attention_run_between_processes(gloo: GlooWorld, kind: str, plans: list[str]) -> None:
+    inputs = flux_inputs(2, 7, 5)
+    with torch.no_grad():
+        reference = flux()(**inputs).sample
+    for outputs in gloo.run(predict_tokens, kind, plans, [inputs, inputs], ranks=Plan.parse(plans[0]).num_ranks):
+        assert max(relative_error(output, reference) for output in outputs) <= EXACT

@@ -22,6 +22,7 @@ from distrifusion.exchange.transport import Message, ProcessGroupTransport, Tran
 from distrifusion.once import encode_once
 from distrifusion.timeline import Timeline
 from models import run_request, sdxl_unet
+from transformers_tiny import flux
 
 
 def draw(mesh: DeviceMesh, family: str, scheduler: str, plan: str, *calls: Call) -> list[torch.Tensor]:
@@ -190,3 +191,15 @@ def predict(mesh: DeviceMesh, kind: str, plan: str, steps: list[dict[str, Any]])
     denoiser.attach()
     with torch.no_grad():
         return run_request(unet, denoiser, steps)
+
+
+def predict_tokens(mesh: DeviceMesh, kind: str, plans: list[str], steps: list[dict[str, Any]]) -> list[torch.Tensor]:
+    """The last prediction of a request of a transformer, one for every plan."""
+    found = []
+    for plan in plans:
+        model = flux()
+        denoiser = ParallelDenoiser(model, Plan.parse(plan), transport_over(kind, mesh.get_group()))
+        denoiser.attach()
+        with torch.no_grad():
+            found.append(run_request(model, denoiser, steps)[-1])
+    return found

@@ -158,7 +158,10 @@ def test_two_controlnets_on_workers(tmp_path: Path, plan: str) -> None:
     ("cls", "plan", "words"),
     [
         ("StableDiffusionXLPAGPipeline", "cfg2", "use 'patch2'"),
-        ("FluxPipeline", "patch2", "FluxPipeline has no unet; only U-Net pipelines can be parallelized"),
+        ("StableDiffusionXLPipeline", "ulysses2", "StableDiffusionXLPipeline has convolutions too; use 'patch2'"),
+        ("FluxPipeline", "patch2.columns", "FluxPipeline is cut by tokens"),
+        ("SanaPipeline", "patch2", "SanaTransformer2DModel has no anatomy here"),
+        ("StableCascadeDecoderPipeline", "patch2", "StableCascadeDecoderPipeline has no unet or transformer"),
     ],
 )
 def test_a_class_that_a_plan_cannot_divide_is_refused_before_weights_are_read(

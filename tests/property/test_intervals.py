@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distrifusion.mesh import RankGrid
-from distrifusion.partition import Interval, partition_levels, split_evenly
+from distrifusion.mesh import AttentionAxes, RankGrid
+from distrifusion.partition import Interval, partition_levels, split_evenly, token_intervals
 from distrifusion.plan import Plan, Split
 
 sizes = st.integers(1, 200)
@@ -98,3 +98,31 @@ def test_a_team_is_the_ranks_with_the_same_batch_rows_in_band_order(plan: Plan, 
         assert layout.team[layout.index] == rank
         assert [layout.band[peer] for peer in layout.team] == list(range(len(layout.team)))
         assert {layout.batch[peer] for peer in layout.team} == {layout.batch[rank]}
+
+
+@given(st.integers(1, 5), st.integers(1, 5), st.integers(1, 2))
+def test_a_team_is_a_grid_of_rings_and_groups_with_the_same_keys(ulysses: int, ring: int, branches: int) -> None:
+    """With one branch to evaluate, the ranks of the other one join the groups, or the ring if there are none."""
+    plan, size = Plan(cfg=branches, ulysses=ulysses, ring=ring), branches * ulysses * ring
+    places = [AttentionAxes.of(plan, size, place) for place in range(size)]
+    for place, axes in enumerate(places):
+        head, block = axes.index
+        assert axes.ulysses[head] == place == axes.ring[block]
+        assert len(axes.ulysses) * len(axes.ring) == size
+        assert set(axes.ulysses) & set(axes.ring) == {place}
+        assert axes.ulysses == tuple(range(axes.ulysses[0], axes.ulysses[0] + len(axes.ulysses)))
+        assert all(places[other].ring == axes.ring for other in axes.ring)
+    if ring > 1 and ulysses > 1:
+        assert len(places[0].ring) == ring
+    elif ring > 1:
+        assert len(places[0].ring) == size
+    else:
+        assert len(places[0].ulysses) == size
+
+
+@given(st.integers(1, 4100), st.integers(1, 16))
+def test_tokens_are_cut_in_order_and_as_evenly_as_can_be(num_tokens: int, num_owners: int) -> None:
+    parts = token_intervals(num_tokens, num_owners)
+    assert [part.start for part in parts[1:]] == [part.stop for part in parts[:-1]]
+    assert (parts[0].start, parts[-1].stop) == (0, num_tokens)
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1

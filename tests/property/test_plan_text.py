@@ -13,7 +13,7 @@ from distrifusion import Plan, PlanError
 from distrifusion.plan import ALL_KINDS, DEFAULT_STALE, DEFAULT_WARMUP, DELTA_BITS, Norms, SiteKind, Split
 
 _KNOWN = re.compile(
-    r"(dp|cfg|patch|w|delta|forecast|resync)\d+|forecast|rows|columns|alternating|sync|displaced|frozen|naive|kv|halo|norm|all|(stale|separate|corrected)norm"
+    r"(dp|cfg|patch|ulysses|ring|w|delta|forecast|resync)\d+|forecast|rows|columns|alternating|sync|displaced|frozen|naive|kv|halo|norm|all|(stale|separate|corrected)norm"
 )
 
 cuts = st.sampled_from((Split.ROWS, Split.COLUMNS))
@@ -50,7 +50,16 @@ plans_with_knobs = st.builds(
     forecast=st.integers(0, 200),
     resync=st.none() | st.integers(0, 300),
 )
-plans = exact_plans | displaced_plans | plans_with_other_norms | naive_plans | delta_plans | plans_with_knobs
+attention_plans = st.builds(Plan, dp=st.integers(1, 3), cfg=cfgs, ulysses=st.integers(1, 6), ring=st.integers(1, 6))
+plans = (
+    exact_plans
+    | attention_plans
+    | displaced_plans
+    | plans_with_other_norms
+    | naive_plans
+    | delta_plans
+    | plans_with_knobs
+)
 words = st.text("abcdefghijklmnopqrstuvwxyz0123456789-_ ", min_size=0, max_size=12).map(str.strip)
 
 
@@ -76,6 +85,8 @@ def test_an_unknown_word_is_an_error_that_names_it(plan: Plan, word: str) -> Non
 def test_a_degree_said_twice_is_an_error_that_names_it(plan: Plan) -> None:
     with pytest.raises(PlanError, match="patch7"):
         Plan.parse(f"patch7.patch7.{plan}")
+    with pytest.raises(PlanError, match="ring7"):
+        Plan.parse(f"ring7.ring7.{plan}")
 
 
 @given(st.sampled_from(("kv", "halo", "norm", "all", "w3", "stalenorm", "separatenorm")))
@@ -195,3 +206,44 @@ def test_naive_bands_are_never_synchronous_unless_that_is_said() -> None:
     assert Plan.parse("patch2.naive").num_synchronous == 0
     assert Plan.parse("patch2.naive.w4").num_synchronous == 4
     assert Plan.parse("patch2.frozen").num_synchronous == DEFAULT_WARMUP + 1
+
+
+@pytest.mark.parametrize(
+    ("text", "plan"),
+    [
+        ("ulysses2", Plan(ulysses=2)),
+        ("ring3", Plan(ring=3)),
+        ("cfg2.ulysses4.ring2", Plan(cfg=2, ulysses=4, ring=2)),
+        ("ring2.ulysses2", Plan(ulysses=2, ring=2)),
+        ("ulysses2.sync", Plan(ulysses=2)),
+    ],
+)
+def test_ways_to_divide_attention_have_words_and_are_exact(text: str, plan: Plan) -> None:
+    assert Plan.parse(text) == plan
+    assert plan.exact
+    assert plan.num_ranks == plan.cfg * plan.ulysses * plan.ring
+
+
+@pytest.mark.parametrize(
+    ("text", "legal"),
+    [
+        ("patch2.ulysses3", "patch6"),
+        ("cfg2.patch2.ring2", "patch4"),
+        ("ulysses2.displaced", "patch2.displaced"),
+        ("ring4.displaced.all", "patch4.displaced"),
+        ("ulysses2.ring2.delta4", "patch4.delta4"),
+        ("ring2.naive", "patch2.naive"),
+        ("ulysses2.frozen", "patch2.frozen"),
+    ],
+)
+def test_words_that_clash_with_them_are_errors_that_name_both_and_a_legal_plan(text: str, legal: str) -> None:
+    with pytest.raises(PlanError, match=re.escape(f"'{legal}'")) as caught:
+        Plan.parse(text)
+    offered = re.findall(r"use '([^']+)'", str(caught.value))[0]
+    Plan.parse(offered)
+
+
+@pytest.mark.parametrize("text", ["ulysses2.columns", "ulysses0", "ring0.patch2", "ulyses2", "rng2"])
+def test_other_words_that_do_not_fit_them_are_errors(text: str) -> None:
+    with pytest.raises(PlanError, match=re.escape(re.split(r"\.", text)[0].rstrip("2"))):
+        Plan.parse(text)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, Self
 
@@ -12,19 +12,15 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Site:
-    """A layer that looks beyond one position.
+    """A layer at which a divided model differs from the whole one.
 
     Attributes:
         name: qualified name in the model.
         module: the layer.
-        level: resolution of its input; 0 is the finest, each next one is half.
-        level_out: resolution of its output.
     """
 
     name: str
     module: nn.Module
-    level: int
-    level_out: int
 
     def under(self, prefix: str) -> Self:
         """The same site by a name that begins with `prefix`: two models that run one after the other stay apart."""
@@ -32,7 +28,20 @@ class Site:
 
 
 @dataclass(frozen=True)
-class ConvSite(Site):
+class BandSite(Site):
+    """A layer that looks beyond one position of a picture with rows and columns.
+
+    Attributes:
+        level: resolution of its input; 0 is the finest, each next one is half.
+        level_out: resolution of its output.
+    """
+
+    level: int
+    level_out: int
+
+
+@dataclass(frozen=True)
+class ConvSite(BandSite):
     """A 2-D convolution with a kernel larger than one position, zero padding.
 
     Attributes:
@@ -48,7 +57,7 @@ class EntrySite(ConvSite):
 
 
 @dataclass(frozen=True)
-class NormSite(Site):
+class NormSite(BandSite):
     """A group norm: statistics over all positions.
 
     Attributes:
@@ -63,12 +72,12 @@ class NormSite(Site):
         return replace(super().under(prefix), conv=_under(prefix, self.conv))
 
 
-class AttentionSite(Site):
+class AttentionSite(BandSite):
     """Self-attention over all positions, with `to_q`, `to_k`, `to_v` called on the same hidden states in that order."""
 
 
 @dataclass(frozen=True)
-class UpsampleSite(Site):
+class UpsampleSite(BandSite):
     """Nearest upsampling to twice the resolution, `forward(hidden_states, output_size)`, maybe with a convolution.
 
     Attributes:
@@ -82,12 +91,12 @@ class UpsampleSite(Site):
         return replace(super().under(prefix), conv=_under(prefix, self.conv))
 
 
-class AdaptiveNormSite(Site):
+class AdaptiveNormSite(BandSite):
     """A group norm `forward(x, emb)` with `num_groups`, `eps`, and scale and shift from `linear(act(emb))`."""
 
 
 @dataclass(frozen=True)
-class ResampleSite(Site):
+class ResampleSite(BandSite):
     """A fixed filter `forward(x)` that halves or doubles the resolution and pads its input by reflection.
 
     Attributes:
@@ -98,7 +107,7 @@ class ResampleSite(Site):
 
 
 @dataclass(frozen=True)
-class FilterSite(Site):
+class FilterSite(BandSite):
     """A block that scales the lowest frequencies of its skip connections [B, C, h, w] before it reads them.
 
     It does so while all its `switches` are set: attributes of the block, as is `scale`, the name of the factor. The
@@ -110,7 +119,7 @@ class FilterSite(Site):
 
 
 @dataclass(frozen=True)
-class StackSite(Site):
+class StackSite(BandSite):
     """Convolutions one after the other, pointwise layers between them, from an input of its own to level 0.
 
     Attributes:
@@ -140,6 +149,16 @@ class BoundCall:
     batched: dict[str, Any]
     spatial: dict[str, Any]
     rest: dict[str, Any]
+
+    @property
+    def timestep(self) -> Any:
+        """The timestep: a number or a tensor [] or [B]."""
+        return self.batched.get("timestep", 0)
+
+    @property
+    def key(self) -> Hashable:
+        """What must be alike in two calls that use the same kept values."""
+        return tuple(self.sample.shape), self.sample.dtype
 
 
 class Anatomy(Protocol):

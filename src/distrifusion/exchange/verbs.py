@@ -1,4 +1,7 @@
-"""The verbs by which a layer asks other ranks for what it lacks: gather, halo, share. Nothing else communicates."""
+"""The verbs by which a layer asks other ranks for what it lacks: gather, halo, share, swap, collect.
+
+Nothing else communicates.
+"""
 
 from __future__ import annotations
 
@@ -199,6 +202,32 @@ class Exchange:
         """Ask for the fresh tensors of other ranks, shapes given by rank; `takers` get this rank's (None: the same)."""
         outgoing = dict.fromkeys(shapes if takers is None else takers, own) if own.numel() else {}
         return self._swap(site, None, outgoing, {r: s for r, s in shapes.items() if s.numel()}, own)
+
+    def swap(self, site: str, given: Mapping[int, torch.Tensor], taken: Mapping[int, torch.Tensor]) -> Swap:
+        """Give a tensor of its own to each of some ranks, and fill one from each of some: always fresh, never kept.
+
+        An all-to-all among a group, or one turn of a ring. Empty tensors do not travel.
+
+        Args:
+            site: name of the asking layer.
+            given: contiguous tensors by the rank that gets them; not to be written until the wait is over.
+            taken: contiguous tensors to fill, by the rank that they come from.
+        """
+        self._flush()
+        name = self._name(site)
+        tag = tag_of(name)
+        sends = [Message(peer, tensor, tag) for peer, tensor in given.items() if tensor.numel()]
+        receives = [Message(peer, tensor, tag) for peer, tensor in taken.items() if tensor.numel()]
+        self.posting = (str(SiteKind.KV), name)
+        pending = self.transport.post(sends, receives)
+        self._count(SiteKind.KV, sum(message.tensor.nbytes for message in sends))
+
+        def take() -> dict[int, torch.Tensor]:
+            with _named(_what(SiteKind.KV, site)):
+                pending.wait()
+            return dict(taken)
+
+        return Swap(take)
 
     def drift(self, like: torch.Tensor) -> torch.Tensor:
         """Relative change [1] in fp32 of this rank's own kept keys and values since the last call; 0 if it has none."""

@@ -15,12 +15,15 @@ from distrifusion.anatomy import anatomy_of
 from distrifusion.anatomy.base import (
     AdaptiveNormSite,
     AttentionSite,
+    BandSite,
     ConvSite,
     NormSite,
     ResampleSite,
     Site,
     UpsampleSite,
 )
+from distrifusion.anatomy.tokens import TokenAnatomy
+from distrifusion.errors import UnsupportedModel
 from distrifusion.exchange.gathering import SAMPLED, Sending
 from distrifusion.exchange.pool import padded
 from distrifusion.mesh import RankGrid
@@ -47,9 +50,11 @@ def pool_bytes(model: nn.Module, plan: Plan, rank: int, shape: Sequence[int], dt
         dtype: of the model.
 
     Raises:
-        UnsupportedModel: if the denoiser has a layer for which there is no rule.
+        UnsupportedModel: if the denoiser has a layer for which there is no rule, or is a transformer.
     """
     anatomy = anatomy_of(model)
+    if isinstance(anatomy, TokenAnatomy):
+        raise UnsupportedModel(f"{type(model).__name__}: how many tokens it has, and so what it keeps, it alone knows")
     return kept_by(anatomy.sites(model), anatomy.num_levels(model), plan, rank, shape, dtype)
 
 
@@ -70,7 +75,7 @@ def kept_by(
     below = {s.conv: levels[s.level] for s in sites if isinstance(s, UpsampleSite) and s.conv}
     for site in sites:
         kind = _KINDS.get(type(site))
-        if kind in plan.kept and not site.name.startswith(whole):
+        if isinstance(site, BandSite) and kind in plan.kept and not site.name.startswith(whole):
             total[kind] += band.kept(site, channels, below.get(site.name))
         channels = getattr(site.module, "out_channels", channels)
     return total
@@ -95,7 +100,7 @@ class _Band:
     batch: int
     itemsize: int
 
-    def kept(self, site: Site, channels: int, below: Level | None) -> int:
+    def kept(self, site: BandSite, channels: int, below: Level | None) -> int:
         """Bytes kept of a site.
 
         Args:

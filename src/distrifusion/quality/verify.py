@@ -12,6 +12,7 @@ import torch
 
 from distrifusion import demo
 from distrifusion.anatomy import anatomy_of
+from distrifusion.anatomy.tokens import TokenAnatomy
 from distrifusion.loading import load
 from distrifusion.plan import Plan
 from distrifusion.quality import metrics, seams
@@ -202,10 +203,11 @@ def _against_one_device(
 def _cuts(plan: Plan, pipe: LoadedPipeline, size: tuple[int, int]) -> tuple[Cut, ...]:
     """Where the plan cuts pictures of this size, which `pipe` has just drawn whole."""
     unet = getattr(pipe, "unet", None)
-    if unet is None:
+    anatomy = None if unet is None else anatomy_of(unet)
+    if anatomy is None or isinstance(anatomy, TokenAnatomy):  # tokens are cut within a row
         return ()
     num_rows = 2 if getattr(pipe, "do_classifier_free_guidance", True) else 1
-    num_levels = anatomy_of(unet).num_levels(unet)
+    num_levels = anatomy.num_levels(unet)
     return seams.cuts(plan, num_rows, size, pipe.vae_scale_factor, num_levels)
 
 
@@ -237,7 +239,7 @@ def _skipped(task: Task, result: Result) -> dict[str, str]:
         "ssim": f"a side of the picture is below {metrics.SSIM_PIXELS} pixels",
         "ms_ssim": f"a side of the picture is below {metrics.MS_SSIM_PIXELS} pixels",
         "latent_error": "the pipeline does not call back after a step",
-        "seam": "the plan does not cut the picture",
+        "seam": "the picture is not cut into bands",
         "agreement": "the classifier reads pictures of the demo model only",
     }
     skipped = {key: reason for key, reason in reasons.items() if key not in result.values}

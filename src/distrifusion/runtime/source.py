@@ -154,7 +154,13 @@ def _described(origin: str, keywords: Mapping[str, Any], index: Mapping[str, Any
     check_keywords(cls, keywords)
     channels = vae.get("block_out_channels")
     facts = PipelineFacts(cls, 2 ** (len(channels) - 1) if channels else None) if cls else None
-    return Source(origin, dict(keywords), facts)
+    return Source(origin, {**_empty_places(cls, index), **keywords}, facts)
+
+
+def _empty_places(cls: type | None, index: Mapping[str, Any]) -> dict[str, None]:
+    """Components that were saved as none, which `from_pretrained` wants to hear for those it calls required."""
+    optional = getattr(cls, "_optional_components", [])
+    return {name: None for name, entry in index.items() if entry == [None, None] and name not in optional}
 
 
 def _pipeline_class(origin: str, index: Mapping[str, Any], keywords: Mapping[str, Any]) -> type | None:

@@ -6,7 +6,7 @@ Displaced, they use what the other ranks computed in the last call; which of the
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from distrifusion.anatomy.base import AttentionSite, ConvSite, EntrySite, NormSite, Site, UpsampleSite
+from distrifusion.anatomy.base import AttentionSite, BandSite, ConvSite, EntrySite, NormSite, Site, UpsampleSite
 from distrifusion.errors import UnsupportedModel
 from distrifusion.exchange.handles import Gathered, Halo
 from distrifusion.exchange.verbs import Exchange
@@ -79,7 +79,7 @@ class PatchStrategy:
         self._convs: dict[str, ConvSite] = {}
         self._reading: _Reading | None = None
 
-    def attach(self, sites: list[Site], attachment: Attachment) -> None:
+    def attach(self, sites: Sequence[Site], attachment: Attachment) -> None:
         """Replace the forward of every site."""
         self._convs = {site.name: site for site in sites if isinstance(site, ConvSite)}
         activations = {id(a): a for site in sites if isinstance(site, NormSite) and (a := site.activation) is not None}
@@ -123,7 +123,7 @@ class PatchStrategy:
         return level.bands is None or length == level.size
 
     def gather(
-        self, site: Site, pieces: tuple[torch.Tensor, ...], kind: SiteKind | None, per_row: int | None = None
+        self, site: BandSite, pieces: tuple[torch.Tensor, ...], kind: SiteKind | None, per_row: int | None = None
     ) -> Gathered:
         """Start gathering tensors [B, L_own, C] of every band.
 
@@ -141,7 +141,7 @@ class PatchStrategy:
     def _rows(self, x: torch.Tensor, band: Interval) -> torch.Tensor:
         return x.narrow(self.step.dim, band.start, len(band))
 
-    def _entry(self, site: Site, forward: Forward, x: torch.Tensor) -> torch.Tensor:
+    def _entry(self, site: BandSite, forward: Forward, x: torch.Tensor) -> torch.Tensor:
         level, dim = self.step.levels[site.level], self.step.dim
         if self.is_whole(x.shape[dim], level):
             return forward(x)
@@ -178,7 +178,7 @@ class PatchStrategy:
         self._reading = _Reading(x.view_as(x), conv, rows)
         return self._reading.stand_in
 
-    def _halo(self, site: Site, x: torch.Tensor) -> Halo:
+    def _halo(self, site: BandSite, x: torch.Tensor) -> Halo:
         """Ask for the rows of x that a convolution wants of the other bands."""
         bands, bands_out = self.step.levels[site.level].bands, self.step.levels[site.level_out].bands
         assert bands is not None and bands_out is not None
@@ -188,7 +188,7 @@ class PatchStrategy:
         """The rows that a convolution wants for every band of its output."""
         return _rows_read(reach(site.module, self.step.dim), bands)
 
-    def gather_rows(self, site: Site, x: torch.Tensor, level: Level) -> torch.Tensor:
+    def gather_rows(self, site: BandSite, x: torch.Tensor, level: Level) -> torch.Tensor:
         """All rows, always fresh: from here on the levels are too coarse to cut."""
         first = x.movedim(self.step.dim, 1)
         tokens = first.reshape(x.shape[0], first.shape[1], -1)
@@ -295,7 +295,7 @@ class _BandAttention:
     start before the queries are computed.
     """
 
-    def __init__(self, strategy: PatchStrategy, site: Site) -> None:
+    def __init__(self, strategy: PatchStrategy, site: BandSite) -> None:
         self._strategy = strategy
         self._site = site
         self._hidden: torch.Tensor | None = None

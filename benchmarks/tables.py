@@ -19,6 +19,7 @@ from pathlib import Path
 import fidelity
 import speed
 import transformer_speed
+import vae
 
 import memory
 
@@ -39,6 +40,8 @@ def table(name: str) -> str:
             fidelity.report(document["rows"])
         elif "latents" in document["options"]:
             memory.report(document["rows"])
+        elif "works" in document["options"]:
+            vae.report(document["rows"], document["memory"], argparse.Namespace(**document["options"]))
         else:
             speed.report(document["rows"], document["memory"], argparse.Namespace(**document["options"]))
     return printed.getvalue()

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig, get_peft_model_state_dict
 from ranks import EXACT, Ranks, own_copy
 from transformer_families import PIPELINES
@@ -28,7 +27,7 @@ def write_lora(pipe: Any, folder: Path, seed: int) -> Path:
     adapted = copy.deepcopy(pipe.transformer)
     torch.manual_seed(seed)
     adapted.add_adapter(LoraConfig(r=3, lora_alpha=6, target_modules=LAYERS, init_lora_weights=False))
-    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(adapted))
+    layers = get_peft_model_state_dict(adapted)
     type(pipe).save_lora_weights(folder, transformer_lora_layers=layers)
     return folder
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ _ROOT = Path(__file__).parents[1]
 _RESULTS = _ROOT / "benchmarks" / "results"
 _LINKS = {"speed.json": "shared memory", "link_1gbit.json": "1 Gbit/s", "link_100mbit.json": "100 Mbit/s"}
 _EXACT = "patch2"
+_LINE = 1.4  # decibels that a line of text is high
 
 
 def load(name: str) -> dict[str, Any]:
@@ -67,7 +69,8 @@ def points(times: dict[str, float], decibels: dict[str, tuple[float, float]]) ->
     for policy, (psnr, share) in decibels.items():
         plain = ".".join(word for word in policy.split(".") if not word.startswith("resync"))
         if plain in times:
-            found[policy] = (share * times[_EXACT] + (1 - share) * times[plain], psnr)
+            exact = 0.0 if plain == policy else share
+            found[policy] = (exact * times[_EXACT] + (1 - exact) * times[plain], psnr)
     return found
 
 
@@ -77,13 +80,16 @@ def draw(out: Path, document: dict[str, Any]) -> None:
     figure, panels = plt.subplots(1, len(_LINKS), figsize=(12, 4.2), sharey=True, layout="constrained")
     for panel, (name, title) in zip(panels, _LINKS.items(), strict=True):
         times = milliseconds(load(name))
-        alone = statistics.median(t for row in load(name)["rows"] if row["plan"] == "alone" for t in row["seconds"])
+        rows = [row for row in load(name)["rows"] if (row["batch"], row["plan"]) == (1, "alone")]
+        alone = statistics.median(t for row in rows for t in row["seconds"])
         panel.axvline(1000 * alone, color="0.6", linestyle=":", label="one device")
         panel.axvline(times[_EXACT], color="0.2", linestyle="--", label="exact bands")
-        for policy, (x, y) in points(times, decibels).items():
+        height = -math.inf
+        for policy, (x, y) in sorted(points(times, decibels).items(), key=lambda item: item[1][1]):
             panel.plot(x, y, "o", color="tab:orange" if "delta" in policy else "tab:blue")
-            panel.annotate(policy.removeprefix(_EXACT + "."), (x, y), (5, 3), textcoords="offset points", fontsize=8)
-        panel.set(title=title, xlabel="milliseconds a step", xlim=(0, None))
+            height = max(y + 0.4, height + _LINE)  # names of points that lie close stand above each other
+            panel.annotate(policy.removeprefix(_EXACT + "."), (x, y), (1.02 * x, height), fontsize=8)
+        panel.set(title=title, xlabel="milliseconds a step", xlim=(0, 1.25 * max(alone * 1000, times[_EXACT])))
         panel.grid(alpha=0.3)
     panels[0].set_ylabel(f"PSNR against one device, dB ({document['options']['steps']} steps)")
     panels[0].legend(fontsize=8)

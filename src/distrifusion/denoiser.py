@@ -14,7 +14,7 @@ from distrifusion.anatomy.base import Site
 from distrifusion.anatomy.tokens import TokenAnatomy
 from distrifusion.bands import BandRule
 from distrifusion.division import Division
-from distrifusion.errors import ConfigError
+from distrifusion.errors import ConfigError, PlanError
 from distrifusion.exchange.pool import CallState, Pool
 from distrifusion.exchange.transport import Transport
 from distrifusion.exchange.verbs import Exchange
@@ -170,7 +170,9 @@ class ParallelDenoiser(Division):
 
 
 def _rule_of(model: nn.Module, plan: Plan, exchange: Exchange, prefix: str) -> Rule:
-    """The rule for the kind of anatomy that a model has."""
+    """The rule for the plan's method and the kind of anatomy that a model has."""
+    if plan.owns_weights:
+        raise PlanError(f"plan '{plan}': no rule for {type(model).__name__}")
     anatomy = anatomy_of(model)
     if isinstance(anatomy, TokenAnatomy):
         return TokenRule(model, anatomy, plan, exchange, prefix)

@@ -15,12 +15,14 @@ class CallLayout:
     Attributes:
         batch: rows of the batch that each rank evaluates, by rank.
         band: index of the band, or part of the tokens, that each rank owns within its team, by rank.
-        team: ranks that evaluate the same rows of the batch as this rank, in band order.
+        replica: which of several teams that evaluate the same rows of the batch each rank is in, by rank.
+        team: ranks that evaluate a part of the batch together with this rank, in band order.
         index: this rank's place in `team`.
     """
 
     batch: tuple[Interval, ...]
     band: tuple[int, ...]
+    replica: tuple[int, ...]
     team: tuple[int, ...]
     index: int
 
@@ -31,8 +33,10 @@ class CallLayout:
 
     @property
     def others_with_my_band(self) -> tuple[int, ...]:
-        """Ranks that have the same part of other rows of the batch."""
-        return tuple(r for r, band in enumerate(self.band) if band == self.index and r not in self.team)
+        """Ranks that have the same part of other rows of the batch, one for each part of the batch."""
+        own = self.team[self.index]
+        places = enumerate(zip(self.band, self.replica, strict=True))
+        return tuple(r for r, place in places if place == (self.index, self.replica[own]) and r != own)
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,7 @@ class AttentionAxes:
 class RankGrid:
     """The ranks as a grid, axes outer to inner: batch (pictures and guidance branches), then what divides a picture.
 
-    The latter is patch, or ring and ulysses.
+    The latter is patch, ring and ulysses, stages, components, or shares of the weights.
     """
 
     plan: Plan
@@ -75,20 +79,23 @@ class RankGrid:
         """Divide a call of `num_rows` batch rows over the ranks.
 
         The batch holds the guidance branches one after the other, each with all pictures. A call with fewer rows than
-        the plan has parts (one picture without guidance) is cut into fewer, and the ranks left over take bands instead.
+        the plan has parts (one picture without guidance) is cut into fewer, and the ranks left over take bands instead;
+        where every rank of a team has weights of its own, teams left over evaluate what others do.
         """
         parts = max(n for n in range(1, min(self.plan.batch, num_rows) + 1) if self.plan.batch % n == 0)
-        bands = self.plan.num_ranks // parts
+        size = self.plan.team if self.plan.owns_weights else self.plan.num_ranks // parts
         rows = split_evenly(num_rows, parts)
+        replicas = self.plan.num_ranks // (parts * size)
         ranks = range(self.plan.num_ranks)
-        branch = self.rank // bands
+        first = self.rank - self.rank % size
         return CallLayout(
-            batch=tuple(rows[r // bands] for r in ranks),
-            band=tuple(r % bands for r in ranks),
-            team=tuple(range(branch * bands, (branch + 1) * bands)),
-            index=self.rank % bands,
+            batch=tuple(rows[r // size // replicas] for r in ranks),
+            band=tuple(r % size for r in ranks),
+            replica=tuple(r // size % replicas for r in ranks),
+            team=tuple(range(first, first + size)),
+            index=self.rank - first,
         )
 
     def num_bands(self, num_rows: int) -> int:
         """Bands per branch in a call of `num_rows` batch rows."""
-        return len(self.layout(num_rows).team)
+        return 1 if self.plan.owns_weights else len(self.layout(num_rows).team)

@@ -100,6 +100,18 @@ def test_a_team_is_the_ranks_with_the_same_batch_rows_in_band_order(plan: Plan, 
         assert {layout.batch[peer] for peer in layout.team} == {layout.batch[rank]}
 
 
+@given(st.integers(1, 3), st.sampled_from((1, 2)), st.integers(2, 4), st.integers(1, 9))
+def test_teams_of_weights_keep_their_size_and_those_left_over_repeat(dp: int, cfg: int, tp: int, num_rows: int) -> None:
+    plan = Plan(dp=dp, cfg=cfg, tp=tp)
+    for rank in range(plan.num_ranks):
+        layout = RankGrid(plan, rank).layout(num_rows)
+        assert len(layout.team) == tp
+        assert layout.team[layout.index] == rank
+        assert {layout.batch[peer] for peer in layout.team} == {layout.rows}
+        parts = [layout.rows, *(layout.batch[other] for other in layout.others_with_my_band)]
+        assert sorted(row for part in parts for row in range(part.start, part.stop)) == list(range(num_rows))
+
+
 @given(st.integers(1, 5), st.integers(1, 5), st.integers(1, 2))
 def test_a_team_is_a_grid_of_rings_and_groups_with_the_same_keys(ulysses: int, ring: int, branches: int) -> None:
     """With one branch to evaluate, the ranks of the other one join the groups, or the ring if there are none."""

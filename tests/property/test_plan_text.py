@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 from distrifusion import Plan, PlanError
 from distrifusion.plan import ALL_KINDS, DEFAULT_STALE, DEFAULT_WARMUP, DELTA_BITS, Norms, SiteKind, Split
+from distrifusion.plan.legality import CLASHES
 
 _KNOWN = re.compile(
-    r"(dp|cfg|patch|ulysses|ring|w|delta|forecast|resync)\d+|forecast|rows|columns|alternating|sync|displaced|frozen|naive|kv|halo|norm|all|(stale|separate|corrected)norm"
+    r"(dp|cfg|patch|ulysses|ring|pipe|async|tp|m|stride|w|delta|forecast|resync)\d+|forecast|rows|columns|alternating|sync|displaced|frozen|naive|kv|halo|norm|all|(stale|separate|corrected)norm"
 )
 
 cuts = st.sampled_from((Split.ROWS, Split.COLUMNS))
@@ -51,8 +52,36 @@ plans_with_knobs = st.builds(
     resync=st.none() | st.integers(0, 300),
 )
 attention_plans = st.builds(Plan, dp=st.integers(1, 3), cfg=cfgs, ulysses=st.integers(1, 6), ring=st.integers(1, 6))
+weight_plans = st.builds(Plan, dp=st.integers(1, 3), cfg=cfgs, tp=st.integers(2, 6))
+async_plans = st.builds(
+    Plan,
+    dp=st.integers(1, 3),
+    cfg=cfgs,
+    components=st.integers(2, 6),
+    stride=st.sampled_from((1, 2)),
+    late=st.just(True),
+    warmup=st.integers(0, 60),
+    forecast=st.integers(0, 200),
+)
+pipe_plans = st.builds(
+    Plan,
+    dp=st.integers(1, 3),
+    cfg=cfgs,
+    stages=st.integers(2, 6),
+    ulysses=st.integers(1, 3),
+    pieces=st.none() | st.integers(1, 20),
+    late=st.just(True),
+    warmup=st.integers(0, 60),
+)
+exact_depth_plans = st.builds(Plan, cfg=cfgs, components=st.integers(2, 6)) | st.builds(
+    Plan, cfg=cfgs, stages=st.integers(2, 6), ulysses=st.integers(1, 3)
+)
 plans = (
     exact_plans
+    | weight_plans
+    | async_plans
+    | pipe_plans
+    | exact_depth_plans
     | attention_plans
     | displaced_plans
     | plans_with_other_norms
@@ -166,7 +195,7 @@ def test_knobs_have_words_and_their_own_default_of_the_warm_up(text: str, plan: 
     [
         ("patch2.delta3", "delta3: a difference has 1, 2, 4, 8, 32 bits"),
         ("patch1.delta4", "delta4 needs at least two bands"),
-        ("patch2.forecast", "'forecast50' carries on stale keys and values"),
+        ("patch2.forecast", "'forecast50' carries on stale values"),
         ("patch2.displaced.halo.forecast50", "'forecast50'"),
         ("patch2.displaced.forecast201", "forecast201"),
         ("patch2.resync5", "'resync5' watches stale keys"),
@@ -228,7 +257,7 @@ def test_ways_to_divide_attention_have_words_and_are_exact(text: str, plan: Plan
     ("text", "legal"),
     [
         ("patch2.ulysses3", "patch6"),
-        ("cfg2.patch2.ring2", "patch4"),
+        ("cfg2.patch2.ring2", "cfg2.patch4"),
         ("ulysses2.displaced", "patch2.displaced"),
         ("ring4.displaced.all", "patch4.displaced"),
         ("ulysses2.ring2.delta4", "patch4.delta4"),
@@ -247,3 +276,47 @@ def test_words_that_clash_with_them_are_errors_that_name_both_and_a_legal_plan(t
 def test_other_words_that_do_not_fit_them_are_errors(text: str) -> None:
     with pytest.raises(PlanError, match=re.escape(re.split(r"\.", text)[0].rstrip("2"))):
         Plan.parse(text)
+
+
+@pytest.mark.parametrize(("one", "other"), CLASHES)
+def test_two_methods_that_clash_are_named_with_legal_plans_near(one: str, other: str) -> None:
+    with pytest.raises(PlanError) as caught:
+        Plan.parse(f"cfg2.{one}2.{other}3")
+    named = re.findall(r"'([^']+)'", str(caught.value))
+    assert {f"{one}2", f"{other}3"} == set(named[:2])
+    assert [Plan.parse(text).num_ranks for text in named[2:]] == [12, 12]
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("stride2", "async2"),
+        ("async2.stride3", "stride3"),
+        ("async2.sync.stride2", "stride2"),
+        ("m4", "pipe2"),
+        ("pipe2.m0", "m0"),
+        ("pipe2.sync.m4", "m4"),
+        ("async2.displaced", "patch2.displaced"),
+        ("tp2.delta4", "patch2.delta4"),
+        ("tp2.forecast", "forecast50"),
+        ("pipe2.resync10", "resync10"),
+        ("async2.sync.w3", "w3"),
+        ("pipe2.columns", "columns"),
+        ("asynk2", "async2"),
+        ("tp0", "tp0"),
+    ],
+)
+def test_words_without_effect_on_a_method_in_depth_are_errors(text: str, named: str) -> None:
+    with pytest.raises(PlanError, match=re.escape(f"'{named}'") + "|" + re.escape(named)):
+        Plan.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "num_ranks"),
+    [("async2", 2), ("async3.stride2", 4), ("cfg2.pipe2.m8", 4), ("pipe2.ulysses3", 6), ("dp2.tp3", 6)],
+)
+def test_methods_that_own_weights_occupy_their_ranks(text: str, num_ranks: int) -> None:
+    plan = Plan.parse(text)
+    assert plan.num_ranks == num_ranks
+    assert plan.owns_weights
+    assert plan.exact == (plan.tp > 1)

@@ -61,6 +61,8 @@ _ENCODED = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "
 
 def plans(options: argparse.Namespace) -> dict[str, Plan]:
     """The plans to draw with, by what they are called."""
+    if options.plans:
+        return {f"plan {text}": Plan.parse(text) for text in options.plans.split(",")}
     variants = {name: words for name, words in VARIANTS.items() if words in options.variants.split(",")}
     if options.every_mixture:
         mixtures = [c for n in range(1, len(ALL_KINDS) + 1) for c in itertools.combinations(SiteKind, n)]
@@ -186,6 +188,7 @@ def report(rows: list[dict[str, Any]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bands", default="2,4,8")
+    parser.add_argument("--plans", help="plans joined by commas, in place of variants of bands")
     parser.add_argument("--pictures", type=int, default=16)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--size", type=int, default=512, help="pixels, rows and columns")

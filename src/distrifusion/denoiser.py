@@ -13,6 +13,7 @@ from distrifusion.anatomy import anatomy_of
 from distrifusion.anatomy.base import Site
 from distrifusion.anatomy.tokens import TokenAnatomy
 from distrifusion.bands import BandRule
+from distrifusion.components import ComponentRule
 from distrifusion.division import Division
 from distrifusion.errors import ConfigError, PlanError
 from distrifusion.exchange.pool import CallState, Pool
@@ -171,9 +172,11 @@ class ParallelDenoiser(Division):
 
 def _rule_of(model: nn.Module, plan: Plan, exchange: Exchange, prefix: str) -> Rule:
     """The rule for the plan's method and the kind of anatomy that a model has."""
+    anatomy = anatomy_of(model)
+    if plan.components > 1:
+        return ComponentRule(model, anatomy, plan, exchange, prefix)
     if plan.owns_weights:
         raise PlanError(f"plan '{plan}': no rule for {type(model).__name__}")
-    anatomy = anatomy_of(model)
     if isinstance(anatomy, TokenAnatomy):
         return TokenRule(model, anatomy, plan, exchange, prefix)
     return BandRule(model, anatomy, plan, exchange, prefix)

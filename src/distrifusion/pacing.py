@@ -58,12 +58,19 @@ class Pacing:
             codes=past_warmup,
             forecast=self._forecast(state, timestep, device) if self._plan.forecast else 0.0,
             watches=self._plan.resync is not None,
+            late=past_warmup and self._plan.late,
+            renews=self._plan.renews(state.calls),
+            num_relayed=1 + (self._plan.forecast > 0) + (self._plan.stride > 1),
         )
 
     def _forecast(self, state: CallState, timestep: Any, device: torch.device) -> Weight:
         """How much of their last change values are carried on by: in proportion to the steps of the solver's time."""
         time = torch.as_tensor(timestep, device=device).float()
-        before, state.times = state.times, (*state.times[-1:], time)
+        if self._plan.renews(state.calls):
+            before = state.times[-2:]
+            state.times = (*before, time)
+        else:  # the last values are still on their way
+            before = state.times[-3:-1]
         if len(before) < 2 or before[0].shape != time.shape:
             return 0.0
         last, now = before[1] - before[0], time - before[1]

@@ -9,6 +9,8 @@ from typing import Any, Protocol, Self
 import torch
 from torch import nn
 
+from distrifusion.nested import map_tensors
+
 
 @dataclass(frozen=True)
 class Site:
@@ -25,6 +27,13 @@ class Site:
     def under(self, prefix: str) -> Self:
         """The same site by a name that begins with `prefix`: two models that run one after the other stay apart."""
         return replace(self, name=prefix + self.name)
+
+
+class LinkSite(Site):
+    """A layer of the chain that a model is: what lies between such layers adds, joins and reshapes, which costs little.
+
+    Each gives tensors [B, ...], alone or in a tuple.
+    """
 
 
 @dataclass(frozen=True)
@@ -160,6 +169,15 @@ class BoundCall:
         """What must be alike in two calls that use the same kept values."""
         return tuple(self.sample.shape), self.sample.dtype
 
+    def of_rows(self, take: Callable[[torch.Tensor], torch.Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of the model's forward for some rows of the batch.
+
+        Args:
+            take: gives these rows of a tensor that has all, and a tensor that has no rows, or these alone, as it is.
+        """
+        cut = {**self.batched, **self.spatial}
+        return (take(self.sample),), {**map_tensors(cut, take), **self.rest}
+
 
 class Anatomy(Protocol):
     """Facts about one family of denoisers."""
@@ -169,6 +187,9 @@ class Anatomy(Protocol):
 
     def sites(self, model: nn.Module) -> list[Site]:
         """All sites in the model's own order; raises UnsupportedModel naming a layer that has no rule."""
+
+    def links(self, model: nn.Module) -> list[LinkSite]:
+        """The layers of the chain, in any order; none where a model is not to be cut in depth."""
 
     def bind(self, forward: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> BoundCall:
         """Sort the arguments of a call; raises ConfigError on one that cannot be cut."""

@@ -6,13 +6,18 @@ from typing import Any
 
 import torch
 from diffusers.models.controlnets.controlnet import ControlNetOutput
+from torch import nn
 
-from distrifusion.anatomy.base import BoundCall
+from distrifusion.anatomy.base import BoundCall, LinkSite
 from distrifusion.anatomy.unet import UNetAnatomy, block_levels
 
 
 class ControlNetAnatomy(UNetAnatomy):
     """Facts about ControlNetModel: a residual for every skip connection of the U-Net, and one for its middle block."""
+
+    def links(self, model: nn.Module) -> list[LinkSite]:
+        # What it gives is read all along the chain of another model.
+        return []
 
     def exits(self, model: Any) -> tuple[int, ...]:
         levels = dict(block_levels(model))

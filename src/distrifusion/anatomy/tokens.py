@@ -13,9 +13,10 @@ import torch
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
-from distrifusion.anatomy.base import Site
+from distrifusion.anatomy.base import LinkSite, Site
 from distrifusion.anatomy.layers import check_call
 from distrifusion.errors import ConfigError, UnsupportedModel
+from distrifusion.nested import map_tensors
 
 # Processors of the general Attention class that call scaled_dot_product_attention once, on all tokens that they get.
 _PROCESSORS = {
@@ -25,6 +26,8 @@ _PROCESSORS = {
 }  # fmt: skip
 _CONTROL = ("block_controlnet_hidden_states", "controlnet_block_samples", "controlnet_single_block_samples")
 _IMAGE_PROMPT = ("ip_adapter_image_embeds", "ip_hidden_states", "ip_adapter_masks")
+# A member of a list of the model's, by the name of a layer in it.
+_BLOCK = re.compile(r"(\w+\.\d+)\.")
 _KWARGS = ("joint_attention_kwargs", "attention_kwargs", "cross_attention_kwargs")
 
 
@@ -97,6 +100,15 @@ class TokenCall:
         tensors = {name: value for name, value in self.bound.arguments.items() if isinstance(value, torch.Tensor)}
         return tuple((name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items())
 
+    def of_rows(self, take: Callable[[torch.Tensor], torch.Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of the model's forward for some rows of the batch; `take` gives those of a tensor with all."""
+        cut = {
+            name: value if name in self.tokens else map_tensors(value, take)
+            for name, value in self.bound.arguments.items()
+        }
+        bound = inspect.BoundArguments(self.bound.signature, cut)  # type: ignore[arg-type]
+        return bound.args, bound.kwargs
+
 
 @dataclass(frozen=True)
 class TokenAnatomy:
@@ -137,6 +149,12 @@ class TokenAnatomy:
                 _check_local(name, module)
         self._check_found(model, {site.name for site in found})
         return found
+
+    def links(self, model: nn.Module) -> list[LinkSite]:
+        """The blocks that attention lies in, and where streams end."""
+        blocks = {block[1] for site in self.sites(model) if (block := _BLOCK.match(site.name))}
+        ends = {join.module for join in self.joins}
+        return [LinkSite(name, module) for name, module in model.named_modules() if name in blocks | ends]
 
     def bind(self, forward: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> TokenCall:
         """Sort the arguments of a call; raises ConfigError on one that has no rule."""

@@ -10,7 +10,7 @@ import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import nn
 
-from distrifusion.anatomy.base import BoundCall, Site
+from distrifusion.anatomy.base import BoundCall, LinkSite, Site
 from distrifusion.anatomy.layers import check_call, sites_of, with_readers
 from distrifusion.errors import ConfigError, UnsupportedModel
 
@@ -22,6 +22,9 @@ _BATCHED = ("timestep", "encoder_hidden_states", "class_labels", "timestep_cond"
             "encoder_attention_mask", "controlnet_cond")  # fmt: skip
 _SPATIAL = ("down_block_additional_residuals", "mid_block_additional_residual", "down_intrablock_additional_residuals")
 _SHARED_ATTENTION_KWARGS = {"scale"}
+# Children of a block that run one after the other.
+_LINKS = ("resnets", "attentions", "downsamplers", "upsamplers")
+_ENDS = ("conv_in", "conv_norm_out", "conv_out")
 
 
 class UNetAnatomy:
@@ -43,6 +46,15 @@ class UNetAnatomy:
             check_call(name, module)
             sites += sites_of(name, module, level, level_out)
         return with_readers(sites, model)
+
+    def links(self, model: nn.Module) -> list[LinkSite]:
+        found: list[LinkSite] = []
+        for name, module in model.named_modules():
+            check_call(name, module)
+            parent, _, last = name.rpartition(".")
+            if name in _ENDS or (last.isdigit() and parent.rpartition(".")[2] in _LINKS):
+                found.append(LinkSite(name, module))
+        return found
 
     def bind(self, forward: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> BoundCall:
         bound = inspect.signature(forward).bind(*args, **kwargs).arguments

@@ -9,6 +9,7 @@ import torch
 
 from distrifusion.exchange.gathering import GatherBuffer
 from distrifusion.exchange.posted import Posted
+from distrifusion.exchange.relay import Relay
 from distrifusion.exchange.transport import Message, Transport
 from distrifusion.plan import SiteKind
 
@@ -96,7 +97,7 @@ class CallState:
 
     Attributes:
         calls: denoiser calls that have ended.
-        times: timesteps of the last two calls, the latest last.
+        times: timesteps of the last three calls that sent values, the latest last.
         drifted: the next call is to be synchronous, because kept values have moved too far.
     """
 
@@ -105,6 +106,7 @@ class CallState:
     drifted: bool = False
     gathers: dict[str, GatherBuffer] = field(default_factory=dict)
     swaps: dict[str, Swapped] = field(default_factory=dict)
+    relays: dict[str, Relay] = field(default_factory=dict)
 
     def pack(self) -> None:
         """Put small values that still stand alone into parcels; names, not this order, say later which is which.
@@ -118,6 +120,7 @@ class CallState:
     def posted(self) -> Iterator[Posted]:
         """Everything that can be under way."""
         yield from self.gathers.values()
+        yield from self.relays.values()
         yield from {id(s.parcel): s.parcel for s in self.swaps.values() if s.parcel is not None}.values()
 
     @property

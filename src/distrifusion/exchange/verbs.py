@@ -1,4 +1,4 @@
-"""The verbs by which a layer asks other ranks for what it lacks: gather, halo, share, swap, collect.
+"""The verbs by which a layer asks other ranks for what it lacks: gather, halo, share, swap, collect, give and take.
 
 Nothing else communicates.
 """
@@ -18,6 +18,7 @@ from distrifusion.exchange.gathering import AS_THEY_ARE, GatherBuffer, Sending, 
 from distrifusion.exchange.handles import Gathered, Halo, Shared, Swap, with_length
 from distrifusion.exchange.pool import CallState, Parcel, Swapped
 from distrifusion.exchange.posted import Posted, tag_of
+from distrifusion.exchange.relay import Parties, Relay
 from distrifusion.exchange.transport import Message, Transport
 from distrifusion.partition import Interval
 from distrifusion.plan import SiteKind
@@ -38,6 +39,9 @@ class CallPolicy:
         codes: keys and values are sent as codes in this call.
         forecast: how much of their last change stale keys and values are carried on by.
         watches: whether the drift of kept keys and values is measured.
+        late: what is taken is the last value that was given, not this call's.
+        renews: what is given and taken late moves on in this call.
+        num_relayed: values that a rank keeps of what it takes.
     """
 
     team: tuple[int, ...]
@@ -50,6 +54,9 @@ class CallPolicy:
     codes: bool = False
     forecast: Weight = 0.0
     watches: bool = False
+    late: bool = False
+    renews: bool = True
+    num_relayed: int = 1
 
 
 @dataclass(frozen=True)
@@ -103,6 +110,7 @@ class Exchange:
         self._seen: Counter[str] = Counter()
         self._deferred: list[tuple[str, Posted]] = []
         self._drift: list[torch.Tensor] = []
+        self._given: list[Relay] = []
 
     def begin(self, policy: CallPolicy) -> None:
         """Start a denoiser call."""
@@ -110,13 +118,16 @@ class Exchange:
         self._seen.clear()
         self._deferred.clear()  # of a call that failed half way
         self._drift.clear()
-        self.num_synchronous += not policy.stale
+        self._given.clear()
+        self.num_synchronous += not (policy.stale or policy.late)
         if policy.state is not None and policy.stale:
             policy.state.pack()
 
     def end(self) -> None:
         """End a denoiser call: what was not posted yet is posted, also of sites that were skipped in this call."""
         self._flush()
+        for given in self._given:
+            _settle(given, _what(None, given.name))
         state = self._policy.state
         if state is not None:
             for posted in state.posted():
@@ -228,6 +239,63 @@ class Exchange:
             return dict(taken)
 
         return Swap(take)
+
+    def give(self, site: str, value: Sequence[torch.Tensor], takers: Sequence[int]) -> None:
+        """Send a layer's tensors to ranks that do not run it, without waiting; what is given is copied first.
+
+        Args:
+            site: name of the layer, and its use within the call where it has several.
+            value: contiguous or not; shapes may differ.
+            takers: ranks that call `take`.
+        """
+        self._flush()
+        entry = self._relay(site, value, Parties(True, tuple(takers)), value[0].device)
+        _settle(entry, _what(None, site))
+        entry.put(value)
+        self._post("hidden", entry)
+        if self._policy.state is None:
+            self._given.append(entry)
+
+    def take(self, site: str, like: Sequence[torch.Tensor], giver: int, device: torch.device) -> list[torch.Tensor]:
+        """New tensors with what a layer gave on the rank that runs it: in this call, or late in the last one.
+
+        Args:
+            site: as the giver names it.
+            like: tensors of the same shapes and types, on any device.
+            giver: rank that calls `give`.
+            device: of the tensors.
+        """
+        self._flush()
+        policy, what = self._policy, _what(None, site)
+        entry = self._relay(site, like, Parties(False, (giver,)), device)
+        if not policy.late:
+            _settle(entry, what)
+            self._post("hidden", entry)
+            _settle(entry, what)
+            return entry.read(0.0)
+        if policy.renews:
+            _settle(entry, what)
+        assert entry.num_received, f"nothing was given at '{site}' before this call"
+        value = entry.read(policy.forecast)
+        if policy.renews:
+            self._post("hidden", entry)
+        return value
+
+    def keep(self, site: str, value: Sequence[torch.Tensor], giver: int) -> None:
+        """Keep for the next call what a layer gave, because this rank ran it too."""
+        if self._policy.state is not None:
+            entry = self._relay(site, value, Parties(False, (giver,)), value[0].device)
+            _settle(entry, _what(None, site))
+            entry.put(value)
+
+    def _relay(self, site: str, like: Sequence[torch.Tensor], parties: Parties, device: torch.device) -> Relay:
+        state = self._policy.state
+        entry = state.relays.get(site) if state else None
+        if entry is None:
+            entry = Relay(f"{site}#0", like, parties, self._policy.num_relayed, device)
+            if state:
+                state.relays[site] = entry
+        return entry
 
     def drift(self, like: torch.Tensor) -> torch.Tensor:
         """Relative change [1] in fp32 of this rank's own kept keys and values since the last call; 0 if it has none."""

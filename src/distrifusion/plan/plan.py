@@ -42,7 +42,7 @@ class Plan:
         tp: ranks that divide the weights of every layer; at least 1.
         components: parts of the network in depth that run at once, each on the last call's output of the one before;
             at least 1.
-        stride: denoiser calls that one run of a component serves, 1 or 2; with 2 one rank more runs the last component.
+        stride: denoiser calls that one run of a component serves, 1 or 2; the last component runs in every call.
         stages: parts of the network in depth through which pieces of the picture flow; at least 1.
         pieces: pieces of tokens that flow through the stages; at least 1. None: as many as stages.
         split: direction of the cut.
@@ -99,8 +99,7 @@ class Plan:
     @property
     def team(self) -> int:
         """Number of ranks that share the pictures of one part of the batch."""
-        in_depth = self.stages * (self.components + self.stride - 1)
-        return self.patch * self.ulysses * self.ring * self.tp * in_depth
+        return self.patch * self.ulysses * self.ring * self.tp * self.stages * self.components
 
     @property
     def owns_weights(self) -> bool:
@@ -127,6 +126,10 @@ class Plan:
     def num_synchronous(self) -> int:
         """Denoiser calls of a request that are exact before others follow; of a plan that is not exact."""
         return self.warmup if self.naive else self.warmup + 1
+
+    def renews(self, call: int) -> bool:
+        """Whether all components run in a request's denoiser call, counted from 0, or the last one alone."""
+        return call < self.num_synchronous or (call - self.num_synchronous) % self.stride == 0
 
     def split_of(self, call: int) -> Split:
         """Direction of the cut in a request's denoiser call, counted from 0."""
@@ -178,8 +181,7 @@ class Plan:
         if self.tp > 1:
             return replace(self, dp=dp, cfg=cfg, tp=team)
         if self.components > 1:
-            stride = self.stride if team > 2 else 1
-            return replace(self, dp=dp, cfg=cfg, components=team - stride + 1, stride=stride)
+            return replace(self, dp=dp, cfg=cfg, components=team)
         ulysses = self.ulysses if team % self.ulysses == 0 and team > self.ulysses else 1
         return replace(self, dp=dp, cfg=cfg, stages=team // ulysses, ulysses=ulysses)
 

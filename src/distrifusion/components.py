@@ -1,0 +1,164 @@
+"""A denoiser's calls cut in depth: batch rows before the model's own forward, layers inside, the prediction from one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from distrifusion.anatomy.base import Anatomy, BoundCall, LinkSite, Site
+from distrifusion.anatomy.tokens import TokenAnatomy, TokenCall
+from distrifusion.exchange.handles import Swap
+from distrifusion.exchange.verbs import Exchange
+from distrifusion.mesh import CallLayout
+from distrifusion.nested import map_tensors, take_rows, tensors_of
+from distrifusion.plan import Plan
+from distrifusion.strategies.attach import Attachment
+from distrifusion.strategies.components import ComponentStep, ComponentStrategy, check_components
+
+Call = BoundCall | TokenCall
+
+
+class ComponentRule:
+    """How a denoiser is divided in depth within a team: every rank has all latents, and runs the layers of a component.
+
+    A model without a chain of layers (a ControlNet) runs whole on every rank, for its rows of the batch.
+
+    Args:
+        model: the denoiser.
+        anatomy: its family's.
+        plan: how to divide.
+        exchange: this rank's.
+        prefix: begins the names of the model's layers.
+
+    Raises:
+        PlanError: if the plan has more components than the model has layers in a chain.
+    """
+
+    def __init__(
+        self, model: nn.Module, anatomy: Anatomy | TokenAnatomy, plan: Plan, exchange: Exchange, prefix: str
+    ) -> None:
+        self._model = model
+        self._anatomy = anatomy
+        self._plan = plan
+        self._exchange = exchange
+        self._prefix = prefix
+        self._components = ComponentStrategy(exchange, plan)
+        self._chain: list[LinkSite] = []
+        self._expected: list[Swap] | None = None
+        self._here: Swap | None = None
+        self._whole = True
+
+    def sites(self) -> list[Site]:
+        """The layers of the chain."""
+        links = self._anatomy.links(self._model)
+        if links:
+            check_components(self._plan, len(links))
+        return list(links)
+
+    def attach(self, sites: Sequence[Site], layers: Attachment) -> None:
+        """Replace the forwards of the layers."""
+        self._chain = [site for site in sites if isinstance(site, LinkSite)]
+        self._components.attach(self._chain, layers)
+
+    def bind(self, forward: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Call:
+        """Sort the arguments of a call; raises ConfigError on one that has no rule."""
+        return self._anatomy.bind(forward, args, kwargs)
+
+    def question(self, call: Call) -> None:
+        """What is kept is known when the first call has been watched."""
+
+    def compute(
+        self, forward: Callable[..., Any], call: Call, layout: CallLayout, num_before: int, past_warmup: bool
+    ) -> Any:
+        """Run the model's own forward on this rank's batch rows; layers of other components do not run in it."""
+        args, kwargs = call.of_rows(partial(take_rows, layout.rows, call.sample.shape[0]))
+        self._here = self._meet(call.sample)
+        self._expected = None
+        self._whole = True
+        if not self._chain:
+            return forward(*args, **kwargs)
+        step = ComponentStep(
+            kind=(layout.rows, call.key, form_of([*args, *sorted(kwargs.items())])),
+            team=layout.team,
+            index=layout.index,
+            runs=_is_last(layout) or self._plan.renews(num_before),
+            keeps=self._plan.late and num_before + 1 >= self._plan.num_synchronous,
+        )
+        if (cut := self._components.cut_of(step.kind)) is not None:
+            self._whole = False
+            if not _is_last(layout):
+                # Asked for before the own layers run: who gives the prediction does not wait until it is taken.
+                nothing = [like.new_empty(0, device=call.sample.device) for like in tensors_of(cut.result)]
+                self._expected = [
+                    self._trade(own, like.shape, layout, takers=())
+                    for own, like in zip(nothing, tensors_of(cut.result), strict=True)
+                ]
+        return self._components.run(partial(forward, *args, **kwargs), step)
+
+    def join(self, result: Any, call: Call, layout: CallLayout) -> Any:
+        """The model's own output with all rows of the batch."""
+        assert self._here is not None
+        self._here.wait()
+        if self._whole and self._chain == [] and isinstance(call, BoundCall) and self._anatomy.stays_cut(call):
+            return result
+        own = list(tensors_of(result))
+        if self._expected is None:
+            takers = layout.others_with_my_band if self._whole else self._mates(layout)
+            swaps = [self._trade(tensor.contiguous(), tensor.shape, layout, takers) for tensor in own]
+        else:
+            swaps = self._expected
+        wholes = iter([self._rows(swap, tensor, layout) for swap, tensor in zip(swaps, own, strict=True)])
+        return map_tensors(result, lambda _: next(wholes))
+
+    def _meet(self, like: torch.Tensor) -> Swap:
+        """Say that this rank is in the call, and hear it of all: none is more than a call ahead of another.
+
+        Who cancels a run relies on it, and nothing else makes a rank wait for those that come after its component.
+        """
+        transport = self._exchange.transport
+        others = [rank for rank in range(transport.world_size) if rank != transport.rank]
+        byte = torch.zeros(1, dtype=torch.uint8, device=like.device)
+        return self._exchange.collect(f"{self._prefix}here", byte, dict.fromkeys(others, byte.shape))
+
+    def _trade(self, own: torch.Tensor, shape: torch.Size, layout: CallLayout, takers: Sequence[int]) -> Swap:
+        """Give the own rows of the prediction to some ranks, and ask for those of the ranks that have others."""
+        givers = layout.others_with_my_band if self._whole else self._givers(layout)
+        shapes = {rank: torch.Size((len(layout.batch[rank]), *shape[1:])) for rank in givers}
+        return self._exchange.collect(f"{self._prefix}exit", own, shapes, takers)
+
+    def _rows(self, swap: Swap, own: torch.Tensor, layout: CallLayout) -> torch.Tensor:
+        """All rows of the prediction [B, ...], in the order of the batch."""
+        parts = {layout.batch[rank].start: tensor for rank, tensor in swap.wait().items()}
+        parts.setdefault(layout.rows.start, own)
+        return torch.cat([parts[start] for start in sorted(parts)]) if len(parts) > 1 else parts[layout.rows.start]
+
+    def _mates(self, layout: CallLayout) -> tuple[int, ...]:
+        """The ranks that take predictions of this rank's team or of the same place among several that evaluate alike."""
+        own = layout.team[layout.index]
+        return tuple(r for r, replica in enumerate(layout.replica) if replica == layout.replica[own] and r != own)
+
+    def _givers(self, layout: CallLayout) -> tuple[int, ...]:
+        """The ranks that run the last component for this rank and others, and are not this one."""
+        return tuple(rank for rank in self._mates(layout) if layout.band[rank] == len(layout.team) - 1)
+
+
+def _is_last(layout: CallLayout) -> bool:
+    return layout.index == len(layout.team) - 1
+
+
+def form_of(value: Any) -> Hashable:
+    """What is alike in two calls that run the same layers: shapes, words, switches, numbers within lists; not values."""
+    match value:
+        case torch.Tensor():
+            return tuple(value.shape), value.dtype
+        case Mapping():
+            return tuple((name, form_of(item)) for name, item in value.items())
+        case list() | tuple():
+            return tuple(item if type(item) is int else form_of(item) for item in value)
+        case bool() | str() | None:
+            return value
+    return type(value)

@@ -1,4 +1,4 @@
-"""A denoiser's calls cut in depth: batch rows before the model's own forward, layers inside, the prediction from one."""
+"""A denoiser's calls cut in depth: each rank runs the layers of a component, and one gives the prediction."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ class ComponentRule:
         return torch.cat([parts[start] for start in sorted(parts)]) if len(parts) > 1 else parts[layout.rows.start]
 
     def _mates(self, layout: CallLayout) -> tuple[int, ...]:
-        """The ranks that take predictions of this rank's team or of the same place among several that evaluate alike."""
+        """The other ranks of this team, and of those that evaluate the other rows of the batch with it."""
         own = layout.team[layout.index]
         return tuple(r for r, replica in enumerate(layout.replica) if replica == layout.replica[own] and r != own)
 
@@ -151,7 +151,7 @@ def _is_last(layout: CallLayout) -> bool:
 
 
 def form_of(value: Any) -> Hashable:
-    """What is alike in two calls that run the same layers: shapes, words, switches, numbers within lists; not values."""
+    """What is alike in two calls that run the same layers: shapes, words, switches, whole numbers in lists."""
     match value:
         case torch.Tensor():
             return tuple(value.shape), value.dtype

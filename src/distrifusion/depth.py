@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 # What the last component may run a second time, as a share of all work.
 REPEATED = 0.10
@@ -63,7 +63,7 @@ def divide(layers: Sequence[Layer], num_components: int, stride: int = 1, repeat
         edges, again = [0, len(layers)], frozenset[int]()
     else:
         edges, again = _best_edges(layers, costs, num_components, stride, repeated * costs[-1])
-    spans = [range(a, b) for a, b in zip(edges, edges[1:], strict=False)]
+    spans = [range(a, b) for a, b in pairwise(edges)]
     runs = [frozenset(span) for span in spans]
     runs[-1] |= again
     owner = tuple(component for component, span in enumerate(spans) for _ in span)
@@ -103,7 +103,7 @@ def _even_edges(costs: Sequence[int], num_parts: int) -> dict[int, tuple[int, li
 
 
 def _repeated(layers: Sequence[Layer], last: int, budget: float) -> frozenset[int]:
-    """Layers before `last` that it reads, and what these read, from the first on while all cost no more than a budget."""
+    """Layers before `last` that are read from there on, and what these read: the first ones, within a budget."""
     again: frozenset[int] = frozenset()
     for place in sorted({v for layer in layers[last:] for v in layer.reads if v < last}):
         wanted = again | _needed(layers, place)

@@ -66,6 +66,8 @@ class Pacing:
     def _forecast(self, state: CallState, timestep: Any, device: torch.device) -> Weight:
         """How much of their last change values are carried on by: in proportion to the steps of the solver's time."""
         time = torch.as_tensor(timestep, device=device).float()
+        if time.dim() > 1:  # tokens have times of their own
+            time = time.flatten(1).mean(1)
         if self._plan.renews(state.calls):
             before = state.times[-2:]
             state.times = (*before, time)

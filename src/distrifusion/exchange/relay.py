@@ -84,7 +84,8 @@ class Relay(Posted):
 
 
 def _by_row(weight: Weight, like: torch.Tensor) -> Weight:
-    """1 + a weight of each row of the batch, or of all, for tensors [B, ...]."""
+    """1 + a weight for tensors [B, ...], for each row of the batch where it differs."""
     if not isinstance(weight, torch.Tensor):
         return 1 + weight
-    return (1 + weight).to(like.dtype).reshape(-1, *[1] * (like.dim() - 1)) if weight.dim() else (1 + weight).to(like.dtype)
+    rows = (1 + weight).to(like.dtype)
+    return rows.reshape(-1, *[1] * (like.dim() - 1)) if rows.dim() else rows

@@ -1,7 +1,7 @@
 """Components in depth that run at once (AsyncDiff, arXiv 2406.06911): each on what the others gave a call before.
 
-Every rank goes through the model's own forward. Layers of its component run; a layer of another one is not run: what the
-own layers read of it was sent by the rank that runs it, the rest of its output is room without values.
+Every rank goes through the model's own forward. Layers of its component run. A layer of another one does not: what own
+layers read of its output was sent by the rank that runs it, and zeros stand for what they do not read.
 """
 
 from __future__ import annotations
@@ -175,6 +175,6 @@ def check_components(plan: Plan, num_layers: int) -> None:
     """Raise PlanError if a plan has more components than a chain has layers."""
     if plan.components > num_layers:
         raise PlanError(
-            f"plan '{plan}': a chain of {num_layers} layers cannot be cut into {plan.components} components; use at most "
-            f"'async{num_layers}'"
+            f"plan '{plan}': a chain of {num_layers} layers cannot be cut into {plan.components} components; use "
+            f"'async{num_layers}' or fewer"
         )

@@ -1,4 +1,4 @@
-"""What reads what in a model, and what it costs: seen in one call of it, on any model whose chain of layers is known."""
+"""What the layers of a chain read and what they cost, as seen in one call of a model."""
 
 from __future__ import annotations
 

@@ -75,7 +75,9 @@ def test_no_other_cut_is_more_even(cut: object) -> None:
 
 def test_the_last_component_runs_cheap_first_layers_again_for_its_skip_connections() -> None:
     skips = {3: 2, 4: 1, 5: 0}
-    reads = [frozenset({place - 1} if place else ()) | ({skips[place]} if place in skips else set()) for place in range(6)]
+    reads = [
+        frozenset({place - 1} if place else ()) | ({skips[place]} if place in skips else set()) for place in range(6)
+    ]
     layers = [Layer(cost, frozenset(read)) for cost, read in zip((1, 30, 30, 30, 30, 1), reads, strict=True)]
     depth = divide(layers, 2)
     assert depth.runs == (frozenset({0, 1, 2}), frozenset({0, 3, 4, 5}))

@@ -313,7 +313,7 @@ def test_words_without_effect_on_a_method_in_depth_are_errors(text: str, named: 
 
 @pytest.mark.parametrize(
     ("text", "num_ranks"),
-    [("async2", 2), ("async3.stride2", 4), ("cfg2.pipe2.m8", 4), ("pipe2.ulysses3", 6), ("dp2.tp3", 6)],
+    [("async2", 2), ("async3.stride2", 3), ("cfg2.pipe2.m8", 4), ("pipe2.ulysses3", 6), ("dp2.tp3", 6)],
 )
 def test_methods_that_own_weights_occupy_their_ranks(text: str, num_ranks: int) -> None:
     plan = Plan.parse(text)

@@ -23,7 +23,7 @@ from distrifusion.anatomy.base import (
     UpsampleSite,
 )
 from distrifusion.anatomy.tokens import TokenAnatomy
-from distrifusion.errors import UnsupportedModel
+from distrifusion.errors import PlanError, UnsupportedModel
 from distrifusion.exchange.gathering import SAMPLED, Sending
 from distrifusion.exchange.pool import padded
 from distrifusion.mesh import RankGrid
@@ -50,8 +50,11 @@ def pool_bytes(model: nn.Module, plan: Plan, rank: int, shape: Sequence[int], dt
         dtype: of the model.
 
     Raises:
+        PlanError: if the plan has components.
         UnsupportedModel: if the denoiser has a layer for which there is no rule, or is a transformer.
     """
+    if plan.components > 1:
+        raise PlanError(f"plan '{plan}': what components of a model keep is known after its first call")
     anatomy = anatomy_of(model)
     if isinstance(anatomy, TokenAnatomy):
         raise UnsupportedModel(f"{type(model).__name__}: how many tokens it has, and so what it keeps, it alone knows")

@@ -67,7 +67,7 @@ class Relay(Posted):
         """Put in a value: one to be sent, or one that this rank has without a message."""
         self.settle()
         for kept, tensor in zip(self._values[0], value, strict=True):
-            kept.copy_(tensor)
+            kept.copy_(tensor.detach())
         self._advance()
 
     def read(self, weight: Weight) -> list[torch.Tensor]:

@@ -268,17 +268,15 @@ class Exchange:
         self._flush()
         policy, what = self._policy, _what(None, site)
         entry = self._relay(site, like, Parties(False, (giver,)), device)
-        if not policy.late:
+        if policy.late and not policy.renews:
+            assert entry.num_received, f"nothing was given at '{site}' before this call"
+            return entry.read(policy.forecast)
+        _settle(entry, what)
+        value = entry.read(policy.forecast) if policy.late and entry.num_received else None
+        self._post("hidden", entry)
+        if value is None:
             _settle(entry, what)
-            self._post("hidden", entry)
-            _settle(entry, what)
-            return entry.read(0.0)
-        if policy.renews:
-            _settle(entry, what)
-        assert entry.num_received, f"nothing was given at '{site}' before this call"
-        value = entry.read(policy.forecast)
-        if policy.renews:
-            self._post("hidden", entry)
+            value = entry.read(0.0)
         return value
 
     def keep(self, site: str, value: Sequence[torch.Tensor], giver: int) -> None:

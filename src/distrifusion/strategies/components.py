@@ -85,14 +85,19 @@ class ComponentStrategy:
         self._step, self._stream = step, None
         self._uses.clear()
         if step.kind not in self._cuts:
-            return self._watched(forward, step)
-        result = forward()
-        if self._uses.total() != len(self._cuts[step.kind].places):
-            raise UnsupportedModel(
-                f"plan '{self._plan}': {self._uses.total()} layers ran where {len(self._cuts[step.kind].places)} did "
-                "in a call of the same arguments; what a model runs must not change within a run"
-            )
+            result = self._watched(forward, step)
+        else:
+            result = forward()
+            self._check_all_ran(self._cuts[step.kind])
+        self._stream = None
         return result
+
+    def _check_all_ran(self, cut: Cut) -> None:
+        if self._uses.total() != len(cut.places):
+            raise UnsupportedModel(
+                f"plan '{self._plan}': {self._uses.total()} layers ran where {len(cut.places)} did in a call of the same "
+                "arguments; what a model runs must not change within a run"
+            )
 
     def _watched(self, forward: Callable[[], Any], step: ComponentStep) -> Any:
         self._watch = watch = Watch(retain=step.keeps)

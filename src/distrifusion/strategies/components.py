@@ -95,8 +95,8 @@ class ComponentStrategy:
     def _check_all_ran(self, cut: Cut) -> None:
         if self._uses.total() != len(cut.places):
             raise UnsupportedModel(
-                f"plan '{self._plan}': {self._uses.total()} layers ran where {len(cut.places)} did in a call of the same "
-                "arguments; what a model runs must not change within a run"
+                f"plan '{self._plan}': {self._uses.total()} layers ran where {len(cut.places)} did in a call of the "
+                "same arguments; what a model runs must not change within a run"
             )
 
     def _watched(self, forward: Callable[[], Any], step: ComponentStep) -> Any:

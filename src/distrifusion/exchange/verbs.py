@@ -9,11 +9,12 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 
 import torch
 
 from distrifusion.errors import RankFailed, StepTimeout
+from distrifusion.exchange.borders import borders_of
 from distrifusion.exchange.gathering import AS_THEY_ARE, GatherBuffer, Sending, Weight
 from distrifusion.exchange.handles import Gathered, Halo, Shared, Swap, with_length
 from distrifusion.exchange.pool import CallState, Parcel, Swapped
@@ -57,34 +58,6 @@ class CallPolicy:
     late: bool = False
     renews: bool = True
     num_relayed: int = 1
-
-
-@dataclass(frozen=True)
-class _Borders:
-    """What one band gives to others, counted from its own first row, and takes from them, by place in the team."""
-
-    outgoing: Mapping[int, Interval]
-    incoming: Mapping[int, int]
-    before: tuple[int, ...]
-    after: tuple[int, ...]
-    inside: Interval
-    edges: tuple[int, int]
-
-
-@lru_cache(maxsize=1024)
-def _borders(bands: tuple[Interval, ...], wants: tuple[Interval, ...], index: int) -> _Borders:
-    own, want, size = bands[index], wants[index], bands[-1].stop
-    others = [j for j in range(len(bands)) if j != index]
-    given = {j: part for j in others if len(part := own & wants[j])}
-    taken = {j: len(part) for j in others if len(part := bands[j] & want)}
-    return _Borders(
-        outgoing={j: Interval(part.start - own.start, part.stop - own.start) for j, part in given.items()},
-        incoming=taken,
-        before=tuple(j for j in taken if j < index),
-        after=tuple(j for j in taken if j > index),
-        inside=Interval((own & want).start - own.start, (own & want).stop - own.start),
-        edges=(max(0, -want.start), max(0, want.stop - size)),
-    )
 
 
 class Exchange:
@@ -183,7 +156,7 @@ class Exchange:
             bands: rows owned, by band order; they cover 0..size.
             wants: rows wanted, by band order; may reach over both edges.
         """
-        team, borders = self._policy.team, _borders(tuple(bands), tuple(wants), self._policy.index)
+        team, borders = self._policy.team, borders_of(tuple(bands), tuple(wants), self._policy.index)
         return Halo(
             edges=borders.edges,
             inside=borders.inside,

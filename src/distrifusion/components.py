@@ -103,7 +103,7 @@ class ComponentRule:
         """The model's own output with all rows of the batch."""
         assert self._here is not None
         self._here.wait()
-        if self._whole and self._chain == [] and isinstance(call, BoundCall) and self._anatomy.stays_cut(call):
+        if not self._chain and isinstance(call, BoundCall) and self._stays_cut(call):
             return result
         own = list(tensors_of(result))
         if self._expected is None:
@@ -113,6 +113,9 @@ class ComponentRule:
             swaps = self._expected
         wholes = iter([self._rows(swap, tensor, layout) for swap, tensor in zip(swaps, own, strict=True)])
         return map_tensors(result, lambda _: next(wholes))
+
+    def _stays_cut(self, call: BoundCall) -> bool:
+        return not isinstance(self._anatomy, TokenAnatomy) and self._anatomy.stays_cut(call)
 
     def _meet(self, like: torch.Tensor) -> Swap:
         """Say that this rank is in the call, and hear it of all: none is more than a call ahead of another.
@@ -161,4 +164,4 @@ def form_of(value: Any) -> Hashable:
             return tuple(item if type(item) is int else form_of(item) for item in value)
         case bool() | str() | None:
             return value
-    return type(value)
+    return type(value).__name__

@@ -60,7 +60,7 @@ class ShareRule:
     def compute(
         self,
         forward: Callable[..., Any],
-        call: BoundCall | TokenCall,
+        call: Any,
         layout: CallLayout,
         num_before: int,
         past_warmup: bool,
@@ -78,10 +78,10 @@ class ShareRule:
         bound = inspect.BoundArguments(call.bound.signature, given)  # type: ignore[arg-type]
         return forward(*bound.args, **bound.kwargs)
 
-    def join(self, result: Any, call: BoundCall | TokenCall, layout: CallLayout) -> Any:
+    def join(self, result: Any, call: Any, layout: CallLayout) -> Any:
         """The model's own output, with all rows of the batch."""
         others = layout.others_with_my_band
-        if not others or (isinstance(call, BoundCall) and self._anatomy.stays_cut(call)):
+        if not others or (not isinstance(self._anatomy, TokenAnatomy) and self._anatomy.stays_cut(call)):
             return result
         return map_tensors(result, partial(self._all_rows, layout, others))
 

@@ -46,10 +46,10 @@ def parallel_block_site(name: str, module: Any) -> UnitSite | None:
         return _site(name, module, module.attn, heads, made, [output], (heads, hidden))
     if kind == "Flux2ParallelSelfAttention" and _by_heads(module):
         heads, hidden = _heads(module), Stretch(Units(module.mlp_hidden_dim))
-        made = makers(module.to_qkv_mlp_proj, heads, heads, heads, *[hidden] * module.mlp_mult_factor)
+        made = joined(makers(module.to_qkv_mlp_proj, heads, heads, heads, *[hidden] * module.mlp_mult_factor))
         counts = (UnitCount(module, "mlp_hidden_dim", hidden),)
         output = Site(f"{name}.to_out", module.to_out)
-        return _site(name, module, module, heads, joined(made), [output], (heads, hidden), counts)
+        return _site(name, module, module, heads, made, [output], (heads, hidden), counts)
     return None
 
 

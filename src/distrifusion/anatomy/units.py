@@ -48,7 +48,7 @@ class UnitLayer:
         stretches: of its output where it makes units, of its input where it reads them.
     """
 
-    module: nn.Module
+    module: Any
     stretches: tuple[Stretch, ...]
 
 

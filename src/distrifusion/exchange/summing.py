@@ -11,6 +11,9 @@ import torch
 
 from distrifusion.partition import split_evenly
 
+# Kinds of what is exchanged where weights are divided: partial sums, and outputs that each rank has a part of.
+SUM, PART = "sum", "part"
+
 # Starts to give tensors to ranks and to fill some from ranks; what is returned waits for both.
 Trade = Callable[[Mapping[int, torch.Tensor], Mapping[int, torch.Tensor]], Callable[[], None]]
 

@@ -18,13 +18,10 @@ from distrifusion.exchange.gathering import AS_THEY_ARE, GatherBuffer, Sending, 
 from distrifusion.exchange.handles import Gathered, Halo, Shared, Swap, with_length
 from distrifusion.exchange.pool import CallState, Parcel, Swapped
 from distrifusion.exchange.posted import Posted, tag_of
-from distrifusion.exchange.summing import Sum, Trade
+from distrifusion.exchange.summing import SUM, Sum, Trade
 from distrifusion.exchange.transport import Message, Transport
 from distrifusion.partition import Interval
 from distrifusion.plan import SiteKind
-
-# Kinds of what is exchanged where weights are divided: partial sums, and outputs that each rank has a part of.
-SUM, PART = "sum", "part"
 
 
 @dataclass(frozen=True)
@@ -248,7 +245,7 @@ class Exchange:
         return Sum(self._trade(SUM, site), partial, self._policy.team, self._policy.index)
 
     def _trade(self, kind: str, site: str) -> Trade:
-        """What gives tensors to ranks and fills tensors from ranks for one value of a site; empty ones do not travel."""
+        """What gives tensors to ranks, and fills some from ranks, for one value of a site; empty ones do not travel."""
         self._flush()
         name = self._name(site)
         tag, what = tag_of(name), _what(kind, site)

@@ -20,7 +20,8 @@ from torch import nn
 from distrifusion.anatomy.base import Site
 from distrifusion.anatomy.units import PartSite, Stretch, UnitCount, UnitLayer, Units, UnitSite
 from distrifusion.errors import UnsupportedModel
-from distrifusion.exchange.verbs import PART, Exchange
+from distrifusion.exchange.summing import PART
+from distrifusion.exchange.verbs import Exchange
 from distrifusion.partition import Interval, split_evenly
 from distrifusion.strategies.attach import Attachment
 from distrifusion.strategies.strips import layout_read_by
@@ -102,9 +103,9 @@ class TensorStrategy:
 
     def _make(self, layer: UnitLayer, forward: Forward, x: torch.Tensor) -> torch.Tensor:
         """The own units of a whole input."""
-        own, bias = self._share.channels(layer.stretches), layer.module.bias
-        assert isinstance(bias, torch.Tensor | None)
-        return _apply(layer.module, x, take(layer.module.weight, 0, own), None if bias is None else take(bias, 0, own))
+        module, own = layer.module, self._share.channels(layer.stretches)
+        bias = None if module.bias is None else take(module.bias, 0, own)
+        return _apply(module, x, take(module.weight, 0, own), bias)
 
     def _norm(self, layer: UnitLayer, forward: Forward, x: torch.Tensor) -> torch.Tensor:
         """The group norm of the own groups."""
@@ -134,7 +135,6 @@ class TensorStrategy:
         own = self._share.channels(layer.stretches)
         read = [c for c, stretch in zip(own, layer.stretches, strict=True) if self._share.has(stretch.units)]
         bias = module.bias if self._share.place == 0 else None
-        assert isinstance(bias, torch.Tensor | None)
         if x.shape[dim] == sum(stretch.units.count * stretch.width for stretch in layer.stretches):
             x = take(x, dim, read or own)
         elif 0 < len(read) < len(own):
@@ -181,7 +181,7 @@ def _one_after_the_other(parts: Sequence[Interval]) -> list[Interval]:
     return [Interval(start, start + len(part)) for start, part in zip(starts, parts, strict=True)]
 
 
-def _apply(module: nn.Module, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def _apply(module: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """A linear layer or a convolution with other weights."""
     if not isinstance(module, nn.Conv2d):
         return F.linear(x, weight, bias)

@@ -26,7 +26,8 @@ class Span(NamedTuple):
     Attributes:
         what: COMPUTE, WAIT or POST.
         kind: of the values that are posted or waited for: "kv", "halo", "norm", "parcel" (halos and norm statistics
-            of up to sixteen layers in one message) or "exit" (the prediction, and levels that are too coarse to cut);
+            of up to sixteen layers in one message), "sum" and "part" (outputs of layers whose weights are divided) or
+            "exit" (the prediction, and levels that are too coarse to cut);
             empty for COMPUTE.
         layer: that asked for them; empty for COMPUTE.
         start, end: in nanoseconds, by the clock that all ranks share.

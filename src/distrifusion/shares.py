@@ -13,6 +13,7 @@ from torch import nn
 from distrifusion.anatomy.base import Anatomy, BoundCall, Site
 from distrifusion.anatomy.tokens import TokenAnatomy, TokenCall
 from distrifusion.anatomy.unit_sites import unit_sites
+from distrifusion.errors import UnsupportedModel
 from distrifusion.exchange.verbs import Exchange
 from distrifusion.mesh import CallLayout
 from distrifusion.nested import map_tensors, take_rows
@@ -37,14 +38,21 @@ class ShareRule:
     ) -> None:
         self._model = model
         self._anatomy = anatomy
+        self._plan = plan
         self._exchange = exchange
         self._prefix = prefix
         # Teams keep their size, so a rank's place is the same in every call.
         self._tensor = TensorStrategy(exchange, Share(exchange.transport.rank % plan.tp, plan.tp))
 
     def sites(self) -> list[Site]:
-        """The modules that have units inside; all others run whole on every rank."""
-        return unit_sites(self._model)
+        """The modules that have units inside; all others run whole on every rank. Raises UnsupportedModel without any."""
+        sites = unit_sites(self._model)
+        if not sites:
+            raise UnsupportedModel(
+                f"{type(self._model).__name__} has no layer that weights could be divided of; use patch{self._plan.tp} in "
+                f"place of tp{self._plan.tp}"
+            )
+        return sites
 
     def attach(self, sites: Sequence[Site], layers: Attachment) -> None:
         """Replace the forwards of their layers."""

@@ -117,7 +117,7 @@ class TensorStrategy:
     def _span(self, place: Site, layer: UnitLayer, forward: Forward, x: torch.Tensor) -> torch.Tensor:
         """A root-mean-square norm over the channels [..., C] of everybody's units, for the own ones."""
         (stretch,) = layer.stretches
-        wide = x.float()
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
         squares = wide.square().sum(-1, keepdim=True)
         if not self._share.has(stretch.units):
             squares.zero_()

@@ -45,12 +45,12 @@ class ShareRule:
         self._tensor = TensorStrategy(exchange, Share(exchange.transport.rank % plan.tp, plan.tp))
 
     def sites(self) -> list[Site]:
-        """The modules that have units inside; all others run whole on every rank. Raises UnsupportedModel without any."""
+        """The modules that have units inside; all others run whole on every rank. UnsupportedModel if there is none."""
         sites = unit_sites(self._model)
         if not sites:
             raise UnsupportedModel(
-                f"{type(self._model).__name__} has no layer that weights could be divided of; use patch{self._plan.tp} in "
-                f"place of tp{self._plan.tp}"
+                f"{type(self._model).__name__} has no layer whose weights could be divided; take patch{self._plan.tp} "
+                f"in place of tp{self._plan.tp}"
             )
         return sites
 

@@ -32,7 +32,7 @@ from distrifusion.denoiser import ParallelDenoiser
 from distrifusion.exchange.transport import Transport
 from distrifusion.partition import split_evenly
 
-PLANS = ("patch{n}", "patch{n}.displaced.w0", "patch{n}.delta8", "ulysses{n}", "ring{n}", "tp{n}")
+PLANS = ("patch{n}", "patch{n}.displaced.w0", "patch{n}.delta8", "ulysses{n}", "ring{n}")
 HEADS, HEAD, OUT, SITES = 4, 128, 64, 4
 
 

@@ -25,7 +25,7 @@ from distrifusion.exchange.transport import Message
 
 PLANS = (
     "patch2", "patch2.displaced.w0", "patch2.displaced.all.w0", "patch2.displaced.forecast.w0", "patch2.delta8",
-    "patch2.delta4", "patch2.displaced.delta4.w0",
+    "patch2.delta4", "patch2.displaced.delta4.w0", "tp2",
 )  # fmt: skip
 _NUM_CALLS = 4  # the first is synchronous and allocates; the last two count
 

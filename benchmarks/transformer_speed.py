@@ -89,13 +89,17 @@ def run_plan(model: Any, plan: Plan, transport: Transport, arguments: dict[str, 
     return {**row, "bytes_sent": sent}
 
 
-def expected_kv(plan: Plan, tokens: int, words: int) -> int | None:
-    """Bytes of keys, values (and with Ulysses queries and results) that rank 0 sends in a call, by the shapes."""
+def expected_bytes(plan: Plan, tokens: int, words: int) -> int | None:
+    """Bytes of keys, values (with Ulysses also queries and results) or sums that rank 0 sends, by the shapes."""
     ranks = plan.num_ranks
     parts = [len(a) + len(b) for a, b in zip(split_evenly(tokens, ranks), split_evenly(words, ranks), strict=True)]
     channels = HEADS * HEAD
     if plan.delta is not None:
         return None
+    if plan.tp > 1:  # two sums in the block of two streams, one in each other; two ranks trade the whole
+        numel = (tokens + words) * channels
+        own = len(split_evenly(numel, ranks)[0])
+        return (SITES + 1) * 4 * (numel - own + (ranks - 1) * own)
     if plan.ulysses == 1:  # a ring sends the block that it got on: the last one's is the first's where all are even
         return SITES * 4 * 2 * channels * (sum(parts) - parts[1] if plan.ring > 1 else (ranks - 1) * parts[0])
     heads = [len(part) * HEAD for part in split_evenly(HEADS, ranks)]
@@ -132,7 +136,9 @@ def plans_of(options: argparse.Namespace) -> list[str]:
 
 def report(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
     """Print a Markdown table of medians and ranges."""
-    print("| plan | speed-up | of the ceiling | own work | kv bytes a call, sent / expected |\n|---|---|---|---|---|")
+    print(
+        "| plan | speed-up | of the ceiling | own work | bytes within a call, sent / expected |\n|---|---|---|---|---|"
+    )
     by_repetition = [
         {row["plan"]: row for row in rows if row["repetition"] == repetition} for repetition in range(options.repeat)
     ]
@@ -150,8 +156,8 @@ def report(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
         if text == "together":
             print(f"| ceiling | {span(gains, 'x')} | | | |")
             continue
-        sent = by_repetition[-1][text]["bytes_sent"]["kv"]
-        expected = expected_kv(Plan.parse(text), options.rows**2, options.words)
+        sent = sum(n for kind, n in by_repetition[-1][text]["bytes_sent"].items() if kind != "exit")
+        expected = expected_bytes(Plan.parse(text), options.rows**2, options.words)
         print(f"| `{text}` | {span(gains, 'x')} | {span(shares)} | {span(works)} | {sent} / {expected or ''} |")
 
 

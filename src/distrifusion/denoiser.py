@@ -24,6 +24,7 @@ from distrifusion.mesh import CallLayout, RankGrid
 from distrifusion.nested import take_rows
 from distrifusion.pacing import Pacing
 from distrifusion.plan import Plan
+from distrifusion.shares import ShareRule
 from distrifusion.strategies.attach import Attachment
 from distrifusion.tokens import TokenRule
 
@@ -175,6 +176,8 @@ def _rule_of(model: nn.Module, plan: Plan, exchange: Exchange, prefix: str) -> R
     anatomy = anatomy_of(model)
     if plan.components > 1:
         return ComponentRule(model, anatomy, plan, exchange, prefix)
+    if plan.tp > 1:
+        return ShareRule(model, anatomy, plan, exchange, prefix)
     if plan.owns_weights:
         raise PlanError(f"plan '{plan}': no rule for {type(model).__name__}")
     if isinstance(anatomy, TokenAnatomy):

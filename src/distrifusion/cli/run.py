@@ -100,7 +100,8 @@ def run(
             metavar="PLAN",
             help="What to divide: words joined by dots. cfg2: the two branches of guidance; dp2: several pictures; "
             "patch4: four bands of rows; displaced: old keys and values, not exact; forecast: nearer; delta4: few "
-            "bytes, for slow links; w4: warm-up calls that stay exact; for transformers also ulysses2 and ring2. "
+            "bytes, for slow links; w4: warm-up calls that stay exact; tp2: the weights of every layer; for "
+            "transformers also ulysses2 and ring2. docs/methods.md says which to take. "
             r"[dim]\[default: the exact plan for the devices][/dim]",
             show_default=False,
             rich_help_panel=options.DIVISION,

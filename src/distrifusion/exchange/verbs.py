@@ -1,4 +1,4 @@
-"""The verbs by which a layer asks other ranks for what it lacks: gather, halo, share, swap, collect, give and take.
+"""The verbs by which a layer asks other ranks for what it lacks: gather, halo, share, swap, collect, sum, give, take.
 
 Nothing else communicates.
 """
@@ -6,7 +6,7 @@ Nothing else communicates.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +20,7 @@ from distrifusion.exchange.handles import Gathered, Halo, Shared, Swap, with_len
 from distrifusion.exchange.pool import CallState, Parcel, Swapped
 from distrifusion.exchange.posted import Posted, tag_of
 from distrifusion.exchange.relay import Parties, Relay
+from distrifusion.exchange.summing import SUM, Sum, Trade
 from distrifusion.exchange.transport import Message, Transport
 from distrifusion.partition import Interval
 from distrifusion.plan import SiteKind
@@ -84,6 +85,11 @@ class Exchange:
         self._deferred: list[tuple[str, Posted]] = []
         self._drift: list[torch.Tensor] = []
         self._given: list[Relay] = []
+
+    @property
+    def team(self) -> tuple[int, ...]:
+        """Ranks that share the picture of this call, in order."""
+        return self._policy.team
 
     def begin(self, policy: CallPolicy) -> None:
         """Start a denoiser call."""
@@ -187,7 +193,13 @@ class Exchange:
         outgoing = dict.fromkeys(shapes if takers is None else takers, own) if own.numel() else {}
         return self._swap(site, None, outgoing, {r: s for r, s in shapes.items() if s.numel()}, own)
 
-    def swap(self, site: str, given: Mapping[int, torch.Tensor], taken: Mapping[int, torch.Tensor]) -> Swap:
+    def swap(
+        self,
+        site: str,
+        given: Mapping[int, torch.Tensor],
+        taken: Mapping[int, torch.Tensor],
+        kind: str = SiteKind.KV,
+    ) -> Swap:
         """Give a tensor of its own to each of some ranks, and fill one from each of some: always fresh, never kept.
 
         An all-to-all among a group, or one turn of a ring. Empty tensors do not travel.
@@ -196,19 +208,12 @@ class Exchange:
             site: name of the asking layer.
             given: contiguous tensors by the rank that gets them; not to be written until the wait is over.
             taken: contiguous tensors to fill, by the rank that they come from.
+            kind: what they are.
         """
-        self._flush()
-        name = self._name(site)
-        tag = tag_of(name)
-        sends = [Message(peer, tensor, tag) for peer, tensor in given.items() if tensor.numel()]
-        receives = [Message(peer, tensor, tag) for peer, tensor in taken.items() if tensor.numel()]
-        self.posting = (str(SiteKind.KV), name)
-        pending = self.transport.post(sends, receives)
-        self._count(SiteKind.KV, sum(message.tensor.nbytes for message in sends))
+        wait = self._trade(kind, site)(given, taken)
 
         def take() -> dict[int, torch.Tensor]:
-            with _named(_what(SiteKind.KV, site)):
-                pending.wait()
+            wait()
             return dict(taken)
 
         return Swap(take)
@@ -267,6 +272,37 @@ class Exchange:
             if state:
                 state.relays[site] = entry
         return entry
+
+    def sum(self, site: str, partial: torch.Tensor) -> Sum:
+        """Add up everybody's partial sums: the same bits on every rank of the team.
+
+        Args:
+            site: name of the asking layer.
+            partial: this rank's part, contiguous or channels-last, shaped and laid out alike on all ranks. It is
+                written, and becomes the sum.
+        """
+        return Sum(self._trade(SUM, site), partial, self._policy.team, self._policy.index)
+
+    def _trade(self, kind: str, site: str) -> Trade:
+        """What gives tensors to ranks, and fills some from ranks, for one value of a site; empty ones do not travel."""
+        self._flush()
+        name = self._name(site)
+        tag, what = tag_of(name), _what(kind, site)
+
+        def trade(given: Mapping[int, torch.Tensor], taken: Mapping[int, torch.Tensor]) -> Callable[[], None]:
+            sends = [Message(peer, tensor, tag) for peer, tensor in given.items() if tensor.numel()]
+            receives = [Message(peer, tensor, tag) for peer, tensor in taken.items() if tensor.numel()]
+            self.posting = (kind, name)
+            pending = self.transport.post(sends, receives)
+            self._count(kind, sum(message.tensor.nbytes for message in sends))
+
+            def wait() -> None:
+                with _named(what):
+                    pending.wait()
+
+            return wait
+
+        return trade
 
     def drift(self, like: torch.Tensor) -> torch.Tensor:
         """Relative change [1] in fp32 of this rank's own kept keys and values since the last call; 0 if it has none."""
@@ -365,7 +401,7 @@ class Exchange:
         return name
 
 
-def _what(kind: SiteKind | None, site: str) -> str:
+def _what(kind: str | None, site: str) -> str:
     return f"{kind or 'values'} of layer '{site}'"
 
 

@@ -46,6 +46,8 @@ _KINDS = {
     "norm": "norm statistics (norm)",
     "parcel": "border rows and norm statistics of up to 16 layers in one message (parcel)",
     "hidden": "hidden states between components (hidden)",
+    "sum": "partial sums of layers whose weights are divided (sum)",
+    "part": "channels of outputs that each rank makes a part of (part)",
     "exit": "the prediction, and levels that are too coarse to cut (exit)",
 }
 

@@ -1,0 +1,100 @@
+"""A denoiser's calls divided by weights: every rank of a team has the whole input, and a share of every layer."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from distrifusion.anatomy.base import Anatomy, BoundCall, Site
+from distrifusion.anatomy.tokens import TokenAnatomy, TokenCall
+from distrifusion.anatomy.unit_sites import unit_sites
+from distrifusion.errors import UnsupportedModel
+from distrifusion.exchange.verbs import Exchange
+from distrifusion.mesh import CallLayout
+from distrifusion.nested import map_tensors, take_rows
+from distrifusion.plan import Plan
+from distrifusion.strategies.attach import Attachment
+from distrifusion.strategies.tensor import Share, TensorStrategy
+
+
+class ShareRule:
+    """How a denoiser of any kind is divided within a team that divides the weights of every layer.
+
+    Args:
+        model: the denoiser.
+        anatomy: its family's.
+        plan: how to divide.
+        exchange: this rank's.
+        prefix: begins the names of the model's layers.
+    """
+
+    def __init__(
+        self, model: nn.Module, anatomy: Anatomy | TokenAnatomy, plan: Plan, exchange: Exchange, prefix: str
+    ) -> None:
+        self._model = model
+        self._anatomy = anatomy
+        self._plan = plan
+        self._exchange = exchange
+        self._prefix = prefix
+        # Teams keep their size, so a rank's place is the same in every call.
+        self._tensor = TensorStrategy(exchange, Share(exchange.transport.rank % plan.tp, plan.tp))
+
+    def sites(self) -> list[Site]:
+        """The modules that have units inside; all others run whole on every rank. UnsupportedModel if there is none."""
+        sites = unit_sites(self._model)
+        if not sites:
+            raise UnsupportedModel(
+                f"{type(self._model).__name__} has no layer whose weights could be divided; take patch{self._plan.tp} "
+                f"in place of tp{self._plan.tp}"
+            )
+        return sites
+
+    def attach(self, sites: Sequence[Site], layers: Attachment) -> None:
+        """Replace the forwards of their layers."""
+        self._tensor.attach(sites, layers)
+
+    def bind(self, forward: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> BoundCall | TokenCall:
+        """Sort the arguments of a call; raises ConfigError on one that has no rule."""
+        return self._anatomy.bind(forward, args, kwargs)
+
+    def question(self, call: Any) -> None:
+        """Nothing is kept."""
+
+    def compute(
+        self,
+        forward: Callable[..., Any],
+        call: Any,
+        layout: CallLayout,
+        num_before: int,
+        past_warmup: bool,
+    ) -> Any:
+        """Run the model's own forward on this rank's batch rows."""
+        # Residuals of a ControlNet that was divided alike have these rows alone already.
+        take = partial(take_rows, layout.rows, call.sample.shape[0])
+        if isinstance(call, BoundCall):
+            batched = {name: map_tensors(value, take) for name, value in (call.batched | call.spatial).items()}
+            return forward(take(call.sample), **batched, **call.rest)
+        given = {
+            name: value if name in call.tokens else map_tensors(value, take)
+            for name, value in call.bound.arguments.items()
+        }
+        bound = inspect.BoundArguments(call.bound.signature, given)  # type: ignore[arg-type]
+        return forward(*bound.args, **bound.kwargs)
+
+    def join(self, result: Any, call: Any, layout: CallLayout) -> Any:
+        """The model's own output, with all rows of the batch."""
+        others = layout.others_with_my_band
+        if not others or (not isinstance(self._anatomy, TokenAnatomy) and self._anatomy.stays_cut(call)):
+            return result
+        return map_tensors(result, partial(self._all_rows, layout, others))
+
+    def _all_rows(self, layout: CallLayout, others: tuple[int, ...], own: torch.Tensor) -> torch.Tensor:
+        shapes = {rank: torch.Size((len(layout.batch[rank]), *own.shape[1:])) for rank in others}
+        parts = self._exchange.collect(f"{self._prefix}exit", own.contiguous(), shapes).wait()
+        parts[self._exchange.transport.rank] = own
+        return torch.cat([parts[rank] for rank in sorted(parts)])

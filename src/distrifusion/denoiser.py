@@ -23,6 +23,7 @@ from distrifusion.mesh import CallLayout, RankGrid
 from distrifusion.nested import take_rows
 from distrifusion.pacing import Pacing
 from distrifusion.plan import Plan
+from distrifusion.stages import StageRule
 from distrifusion.strategies.attach import Attachment
 from distrifusion.tokens import TokenRule
 
@@ -171,9 +172,11 @@ class ParallelDenoiser(Division):
 
 def _rule_of(model: nn.Module, plan: Plan, exchange: Exchange, prefix: str) -> Rule:
     """The rule for the plan's method and the kind of anatomy that a model has."""
+    anatomy = anatomy_of(model)
+    if plan.stages > 1:
+        return StageRule(model, anatomy, plan, exchange, prefix)
     if plan.owns_weights:
         raise PlanError(f"plan '{plan}': no rule for {type(model).__name__}")
-    anatomy = anatomy_of(model)
     if isinstance(anatomy, TokenAnatomy):
         return TokenRule(model, anatomy, plan, exchange, prefix)
     return BandRule(model, anatomy, plan, exchange, prefix)

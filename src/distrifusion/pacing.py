@@ -58,6 +58,7 @@ class Pacing:
             codes=past_warmup,
             forecast=self._forecast(state, timestep, device) if self._plan.forecast else 0.0,
             watches=self._plan.resync is not None,
+            late=past_warmup and self._plan.late,
         )
 
     def _forecast(self, state: CallState, timestep: Any, device: torch.device) -> Weight:

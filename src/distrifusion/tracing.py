@@ -178,7 +178,7 @@ class Tracer:
             self._calls.append(call)
 
     def _begin(self, begin: Callable[[CallPolicy], None], policy: CallPolicy) -> None:
-        self._open[-1].mode = DISPLACED if policy.stale else SYNCHRONOUS
+        self._open[-1].mode = DISPLACED if policy.stale or policy.late else SYNCHRONOUS
         begin(policy)
 
     def _note(self, noted: Noted) -> None:

@@ -14,6 +14,7 @@ from diffusers.models.attention_processor import Attention
 from torch import nn
 
 from distrifusion.anatomy.base import Site
+from distrifusion.anatomy.blocks import BlockKind
 from distrifusion.anatomy.layers import check_call
 from distrifusion.errors import ConfigError, UnsupportedModel
 
@@ -111,6 +112,7 @@ class TokenAnatomy:
         processors: class names of attention processors, beside the known ones, that call `scaled_dot_product_attention`
             once, on all tokens that they get.
         refused: arguments that have no rule, and why.
+        blocks: what the blocks give to the next, by class name, beside the known ones.
     """
 
     cuts: tuple[Cut, ...]
@@ -119,6 +121,7 @@ class TokenAnatomy:
     sample: str = "hidden_states"
     processors: tuple[str, ...] = ()
     refused: Mapping[str, str] = field(default_factory=dict)
+    blocks: Mapping[str, BlockKind] = field(default_factory=dict)
 
     def sites(self, model: nn.Module) -> list[Site]:
         """All sites in the model's own order; raises UnsupportedModel naming a layer that has no rule."""
@@ -137,6 +140,10 @@ class TokenAnatomy:
                 _check_local(name, module)
         self._check_found(model, {site.name for site in found})
         return found
+
+    def attention_sites(self, model: nn.Module) -> list[Site]:
+        """The attention modules over tokens that were cut."""
+        return [site for site in self.sites(model) if isinstance(site, TokenAttentionSite)]
 
     def bind(self, forward: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> TokenCall:
         """Sort the arguments of a call; raises ConfigError on one that has no rule."""

@@ -16,6 +16,7 @@ import torch
 from distrifusion.errors import RankFailed, StepTimeout
 from distrifusion.exchange.gathering import AS_THEY_ARE, GatherBuffer, Sending, Weight
 from distrifusion.exchange.handles import Gathered, Halo, Shared, Swap, with_length
+from distrifusion.exchange.pieces import PieceBuffer
 from distrifusion.exchange.pool import CallState, Parcel, Swapped
 from distrifusion.exchange.posted import Posted, tag_of
 from distrifusion.exchange.transport import Message, Transport
@@ -38,6 +39,7 @@ class CallPolicy:
         codes: keys and values are sent as codes in this call.
         forecast: how much of their last change stale keys and values are carried on by.
         watches: whether the drift of kept keys and values is measured.
+        late: values of the last call are read, whatever their kind.
     """
 
     team: tuple[int, ...]
@@ -50,6 +52,7 @@ class CallPolicy:
     codes: bool = False
     forecast: Weight = 0.0
     watches: bool = False
+    late: bool = False
 
 
 @dataclass(frozen=True)
@@ -110,7 +113,7 @@ class Exchange:
         self._seen.clear()
         self._deferred.clear()  # of a call that failed half way
         self._drift.clear()
-        self.num_synchronous += not policy.stale
+        self.num_synchronous += not (policy.stale or policy.late)
         if policy.state is not None and policy.stale:
             policy.state.pack()
 
@@ -203,27 +206,39 @@ class Exchange:
         outgoing = dict.fromkeys(shapes if takers is None else takers, own) if own.numel() else {}
         return self._swap(site, None, outgoing, {r: s for r, s in shapes.items() if s.numel()}, own)
 
-    def swap(self, site: str, given: Mapping[int, torch.Tensor], taken: Mapping[int, torch.Tensor]) -> Swap:
+    def pieces(self, site: str) -> PieceBuffer | None:
+        """Where the request keeps keys and values of a site's pieces; None if it keeps nothing."""
+        state = self._policy.state
+        return None if state is None else state.pieces.setdefault(site, PieceBuffer())
+
+    def swap(
+        self,
+        site: str,
+        given: Mapping[int, torch.Tensor],
+        taken: Mapping[int, torch.Tensor],
+        kind: str = SiteKind.KV,
+    ) -> Swap:
         """Give a tensor of its own to each of some ranks, and fill one from each of some: always fresh, never kept.
 
-        An all-to-all among a group, or one turn of a ring. Empty tensors do not travel.
+        An all-to-all among a group, one turn of a ring, or what flows on in the network. Empty tensors do not travel.
 
         Args:
             site: name of the asking layer.
             given: contiguous tensors by the rank that gets them; not to be written until the wait is over.
             taken: contiguous tensors to fill, by the rank that they come from.
+            kind: of the values, as a trace and the counts of bytes name it.
         """
         self._flush()
         name = self._name(site)
         tag = tag_of(name)
         sends = [Message(peer, tensor, tag) for peer, tensor in given.items() if tensor.numel()]
         receives = [Message(peer, tensor, tag) for peer, tensor in taken.items() if tensor.numel()]
-        self.posting = (str(SiteKind.KV), name)
+        self.posting = (str(kind), name)
         pending = self.transport.post(sends, receives)
-        self._count(SiteKind.KV, sum(message.tensor.nbytes for message in sends))
+        self._count(kind, sum(message.tensor.nbytes for message in sends))
 
         def take() -> dict[int, torch.Tensor]:
-            with _named(_what(SiteKind.KV, site)):
+            with _named(_what(kind, site)):
                 pending.wait()
             return dict(taken)
 
@@ -326,7 +341,7 @@ class Exchange:
         return name
 
 
-def _what(kind: SiteKind | None, site: str) -> str:
+def _what(kind: str | None, site: str) -> str:
     return f"{kind or 'values'} of layer '{site}'"
 
 

@@ -45,6 +45,7 @@ _KINDS = {
     "halo": "border rows (halo)",
     "norm": "norm statistics (norm)",
     "parcel": "border rows and norm statistics of up to 16 layers in one message (parcel)",
+    "flow": "what one part of the network gives to the next (flow)",
     "exit": "the prediction, and levels that are too coarse to cut (exit)",
 }
 

@@ -1,0 +1,287 @@
+"""A transformer's calls divided in depth: pieces of the tokens flow through stages, each rank runs its own blocks."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import nn
+
+from distrifusion.anatomy.base import Anatomy, Site
+from distrifusion.anatomy.blocks import BlockSite, blocks_of
+from distrifusion.anatomy.tokens import TokenAnatomy, TokenCall
+from distrifusion.errors import PlanError
+from distrifusion.exchange.verbs import Exchange
+from distrifusion.mesh import AttentionAxes, CallLayout, StagePlace
+from distrifusion.nested import map_tensors, take_rows
+from distrifusion.partition import Interval
+from distrifusion.plan import Plan
+from distrifusion.strategies.attach import Attachment
+from distrifusion.strategies.attention import Piece, TokenStep
+from distrifusion.strategies.pipefusion import Flow, PieceAttention, StageStrategy, Stream
+from distrifusion.strategies.tokens import TokenStrategy, TooFewTokens
+from distrifusion.strategies.ulysses import UlyssesAttention
+from distrifusion.strategies.weights import set_aside, weights_of
+
+_NOMINAL_TOKENS = 4096  # by which attention is weighed against all else, to balance stages before a call is known
+
+
+@dataclass
+class Shapes:
+    """What calls of one shape have in common; the first one of a request, which is of the whole, tells it.
+
+    Attributes:
+        pieces: what flows after the warm-up.
+        picture: tokens of the picture.
+        streams: what comes from the stage before, by piece.
+    """
+
+    pieces: tuple[Piece, ...]
+    picture: int
+    streams: dict[int, tuple[Stream, ...]] = field(default_factory=dict)
+
+
+class StageRule:
+    """How a transformer is divided in depth within a team (PipeFusion, arXiv 2405.14430).
+
+    Args:
+        model: the denoiser.
+        anatomy: its family's.
+        plan: how to divide.
+        exchange: this rank's.
+        prefix: begins the names of the model's layers.
+
+    Raises:
+        PlanError: if the model has convolutions, skip connections, or fewer blocks than the plan has stages.
+        UnsupportedModel: if it is not known what its blocks give to each other.
+    """
+
+    def __init__(
+        self, model: nn.Module, anatomy: Anatomy | TokenAnatomy, plan: Plan, exchange: Exchange, prefix: str
+    ) -> None:
+        if not isinstance(anatomy, TokenAnatomy):
+            plan.check_bands(type(model).__name__)
+        assert isinstance(anatomy, TokenAnatomy)
+        plan.check_tokens(type(model).__name__)
+        self._model = model
+        self._anatomy = anatomy
+        self._plan = plan
+        self._exchange = exchange
+        self._prefix = prefix
+        attend = PieceAttention(exchange)
+        self._tokens = TokenStrategy(exchange, UlyssesAttention(exchange, attend) if plan.ulysses > 1 else attend)
+        self._stages = StageStrategy(exchange, self._tokens, prefix)
+        self._shapes: dict[Hashable, Shapes] = {}
+        self._check(blocks_of(model, anatomy.blocks))
+
+    def _check(self, blocks: Sequence[BlockSite]) -> None:
+        name = type(self._model).__name__
+        if any(block.kind.skips for block in blocks):
+            near = replace(self._plan, stages=1, pieces=None, late=False, ulysses=self._plan.team)
+            raise PlanError(
+                f"plan '{self._plan}': {name} has skip connections between the halves of its blocks, which would cross "
+                f"the stages; use '{near}'"
+            )
+        if self._plan.stages > len(blocks):
+            raise PlanError(
+                f"plan '{self._plan}': {name} has {len(blocks)} blocks, so it has at most as many stages; use "
+                f"'{replace(self._plan, stages=len(blocks))}'"
+            )
+
+    def sites(self) -> list[Site]:
+        """All sites in the model's own order, blocks last; raises UnsupportedModel naming a layer without a rule."""
+        return [*self._anatomy.sites(self._model), *blocks_of(self._model, self._anatomy.blocks)]
+
+    def attach(self, sites: Sequence[Site], layers: Attachment) -> None:
+        """Replace the forwards of the sites, and set the weights of other stages aside."""
+        set_aside(self._foreign(), layers)
+        self._stages.attach(sites, self._own_blocks(), layers)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weights that this rank works with: its stage's, and those outside all blocks."""
+        foreign = {id(tensor) for tensor in weights_of(self._foreign())}
+        return sum(tensor.nbytes for tensor in weights_of([self._model]) if id(tensor) not in foreign)
+
+    def _foreign(self) -> list[nn.Module]:
+        """The blocks of other stages."""
+        own = self._own_blocks()
+        blocks = blocks_of(self._model, self._anatomy.blocks)
+        return [block.module for block in blocks if not own.start <= block.index < own.stop]
+
+    def _own_blocks(self) -> Interval:
+        """Which of the blocks are of this rank's stage, counted from 0."""
+        blocks = blocks_of(self._model, self._anatomy.blocks)
+        names = [site.name for site in self._anatomy.attention_sites(self._model)]
+        costs = []
+        for block in blocks:
+            num_attentions = sum(name.startswith(f"{block.name}.") for name in names)
+            width = max((p.shape[-1] for p in block.module.parameters() if p.dim() == 2), default=0)
+            costs.append(block.operations + num_attentions * 2 * _NOMINAL_TOKENS * width)
+        place = self._exchange.transport.rank % self._plan.team
+        return balance(costs, self._plan.stages)[place // (self._plan.team // self._plan.stages)]
+
+    def bind(self, forward: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> TokenCall:
+        """Sort the arguments of a call; raises ConfigError on one that has no rule."""
+        return self._anatomy.bind(forward, args, kwargs)
+
+    def question(self, call: TokenCall) -> None:
+        """How many tokens there are is known inside the model alone."""
+
+    def compute(
+        self, forward: Callable[..., Any], call: TokenCall, layout: CallLayout, num_before: int, past_warmup: bool
+    ) -> Any:
+        """Run the model's own forward for every piece, and get what the last stage predicts for all rows."""
+        key = call.key
+        arguments = call.bound.arguments
+        take = partial(take_rows, layout.rows, call.sample.shape[0])
+        for name, value in arguments.items():
+            if name not in call.tokens:
+                arguments[name] = map_tensors(value, take)
+        place = StagePlace.of(self._plan, layout)
+        if past_warmup and len(self._shapes[key].pieces) > 1:
+            shapes = self._shapes[key]
+            flow = Flow(place, shapes.pieces[0], shapes.picture, shapes.streams)
+        else:
+            flow = Flow(place, Piece())
+        self._stages.begin(flow)
+        if flow.picture:
+            result = self._flow(forward, call, flow, layout, self._shapes[key].pieces)
+        else:
+            result = self._flow(forward, call, flow, layout, (Piece(),))
+            self._shapes.setdefault(key, self._shapes_of(call, flow.picture))
+        for swap in flow.going:
+            swap.wait()
+        return result
+
+    def _flow(
+        self, forward: Callable[..., Any], call: TokenCall, flow: Flow, layout: CallLayout, pieces: Sequence[Piece]
+    ) -> Any:
+        result = None
+        for piece in pieces:
+            flow.turn(piece)
+            result = self._run(forward, call, flow)
+            if flow.place.last:
+                self._give(flow, result)
+        return map_tensors(result, partial(self._take, flow, layout, pieces, call.sample.shape[0]))
+
+    def _run(self, forward: Callable[..., Any], call: TokenCall, flow: Flow) -> Any:
+        place = flow.place
+        axes = AttentionAxes.of(self._plan, len(place.group), place.index)
+        step = TokenStep(place.group, place.index, axes, piece=flow.piece)
+        try:
+            return self._forward(forward, call, step)
+        except TooFewTokens:
+            # Before anything was sent: every rank of the stage then has all tokens.
+            own = place.group[place.index :][:1]
+            return self._forward(forward, call, replace(step, team=own, index=0, axes=AttentionAxes((0,), (0,), (0, 0))))
+
+    def _forward(self, forward: Callable[..., Any], call: TokenCall, step: TokenStep) -> Any:
+        self._tokens.begin(step)
+        given = dict(call.bound.arguments)
+        for cut in self._anatomy.own_cuts:
+            name = str(cut.tensor)
+            if name in given:
+                given[name] = self._tokens.cut(cut, given[name])
+        bound = inspect.BoundArguments(call.bound.signature, given)
+        return forward(*bound.args, **bound.kwargs)
+
+    def _shapes_of(self, call: TokenCall, picture: int) -> Shapes:
+        """How calls of this shape are cut: in as many pieces as asked for, fewer where a stream has fewer tokens."""
+        num = max(1, min(self._plan.pieces or self._plan.stages, self._tokens.fewest // self._plan.ulysses))
+        width = _width(call.sample, picture)
+        lines = picture // width if width else 0
+        if width and lines >= num and lines // num * width >= self._plan.ulysses:
+            return Shapes(tuple(Piece(i, num, picture, width) for i in range(num)), picture)
+        return Shapes(tuple(Piece(i, num) for i in range(num)), picture)
+
+    def _give(self, flow: Flow, result: Any) -> None:
+        """Send what the last stage has predicted to all that want it, as soon as it is there."""
+
+        def give(own: torch.Tensor) -> torch.Tensor:
+            dim, part = band_of(own, flow.piece, flow.picture)
+            if len(part):
+                own_part = own.narrow(dim, part.start, len(part))
+                flow.going.append(self._exchange.collect(self._exit(flow.place.sources, None), own_part, {}, flow.place.takers))
+            return own
+
+        map_tensors(result, give)
+
+    def _exit(self, sources: Sequence[int], source: int | None) -> str:
+        rank = self._exchange.transport.rank if source is None else source
+        return f"{self._prefix}exit.{sources.index(rank)}"
+
+    def _take(
+        self, flow: Flow, layout: CallLayout, pieces: Sequence[Piece], num_rows: int, like: torch.Tensor
+    ) -> torch.Tensor:
+        """The prediction with all rows of the batch and all pieces; `like` has its shape, in the last stage its rows."""
+        me = self._exchange.transport.rank
+        sources = flow.place.sources
+        if sources == (me,):
+            return like
+        whole = like.new_empty(num_rows, *like.shape[1:])
+        coming = []
+        for source in sources:
+            rows = whole[layout.batch[source].start : layout.batch[source].stop]
+            if source == me:
+                rows.copy_(like)
+                continue
+            for piece in pieces:
+                dim, part = band_of(rows, piece, flow.picture)
+                if len(part):
+                    room = rows.narrow(dim, part.start, len(part))
+                    swap = self._exchange.collect(self._exit(sources, source), like, {source: room.shape}, ())
+                    coming.append((room, source, swap))
+        for room, source, swap in coming:
+            room.copy_(swap.wait()[source])
+        return whole
+
+    def join(self, result: Any, call: TokenCall, layout: CallLayout) -> Any:
+        """The model's own output: every piece has been sent to all ranks when it was there."""
+        return result
+
+
+def band_of(prediction: torch.Tensor, piece: Piece, picture: int) -> tuple[int, Interval]:
+    """Where a piece's part of a prediction lies: a dimension and an interval of it.
+
+    Args:
+        prediction: tokens [B, L, C] or a picture [B, C, H, W]; others are whole with the last piece.
+        piece: the piece.
+        picture: tokens of the picture.
+    """
+    if prediction.dim() == 3 and prediction.shape[1] == picture:
+        return 1, piece.of(picture)
+    if prediction.dim() == 4 and piece.picture:
+        height = prediction.shape[2] * piece.width // picture
+        part = piece.of(picture)
+        return 2, Interval(part.start // piece.width * height, part.stop // piece.width * height)
+    return 0, Interval(0, len(prediction) if piece.index == piece.num - 1 else 0)
+
+
+def _width(sample: torch.Tensor, picture: int) -> int:
+    """Tokens of one line of a picture [B, C, H, W] that is embedded in square patches; 0 where it is not such a one."""
+    if sample.dim() != 4:
+        return 0
+    height, width = sample.shape[2:]
+    size = math.isqrt(height * width // picture)
+    even = size and height % size == width % size == 0 and height * width == picture * size**2
+    return width // size if even else 0
+
+
+def balance(costs: Sequence[float], num_parts: int) -> tuple[Interval, ...]:
+    """Cut a sequence into contiguous parts, none empty, so that the most costly part costs least."""
+    best: dict[tuple[int, int], tuple[float, tuple[int, ...]]] = {(0, 0): (0.0, (0,))}
+    for parts in range(1, num_parts + 1):
+        for stop in range(parts, len(costs) + 1):
+            best[parts, stop] = min(
+                (max(best[parts - 1, start][0], sum(costs[start:stop])), (*best[parts - 1, start][1], stop))
+                for start in range(parts - 1, stop)
+                if (parts - 1, start) in best
+            )
+    return tuple(Interval(a, b) for a, b in pairwise(best[num_parts, len(costs)][1]))

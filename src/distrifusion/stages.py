@@ -17,11 +17,13 @@ from distrifusion.anatomy.base import Anatomy, Site
 from distrifusion.anatomy.blocks import BlockSite, blocks_of
 from distrifusion.anatomy.tokens import TokenAnatomy, TokenCall
 from distrifusion.errors import PlanError
+from distrifusion.exchange.arriving import Arriving
 from distrifusion.exchange.verbs import Exchange
 from distrifusion.mesh import AttentionAxes, CallLayout, StagePlace
 from distrifusion.nested import map_tensors, take_rows
 from distrifusion.partition import Interval
 from distrifusion.plan import Plan
+from distrifusion.predictions import Predictions, bands_of
 from distrifusion.strategies.attach import Attachment
 from distrifusion.strategies.attention import Piece, TokenStep
 from distrifusion.strategies.pipefusion import Flow, PieceAttention, StageStrategy, Stream
@@ -138,38 +140,67 @@ class StageRule:
         self, forward: Callable[..., Any], call: TokenCall, layout: CallLayout, num_before: int, past_warmup: bool
     ) -> Any:
         """Run the model's own forward for every piece, and get what the last stage predicts for all rows."""
-        key = call.key
-        arguments = call.bound.arguments
-        take = partial(take_rows, layout.rows, call.sample.shape[0])
-        for name, value in arguments.items():
-            if name not in call.tokens:
-                arguments[name] = map_tensors(value, take)
+        key, num_rows = call.key, call.sample.shape[0]
+        shapes = self._shapes.get(key) if past_warmup else None
+        in_pieces = shapes is not None and len(shapes.pieces) > 1
+        latents = self._latents(call, shapes if in_pieces else None)
+        self._take_rows(call, layout, num_rows)
         place = StagePlace.of(self._plan, layout)
-        if past_warmup and len(self._shapes[key].pieces) > 1:
-            shapes = self._shapes[key]
+        if shapes is not None and in_pieces:
             flow = Flow(place, shapes.pieces[0], shapes.picture, shapes.streams)
-        else:
-            flow = Flow(place, Piece())
-        self._stages.begin(flow)
-        if flow.picture:
-            result = self._flow(forward, call, flow, layout, self._shapes[key].pieces)
-        else:
-            result = self._flow(forward, call, flow, layout, (Piece(),))
-            self._shapes.setdefault(key, self._shapes_of(call, flow.picture))
-        for swap in flow.going:
-            swap.wait()
+            return self._flow(forward, call, flow, layout, num_rows, latents)
+        flow = Flow(place, Piece())
+        result = self._flow(forward, call, flow, layout, num_rows, None)
+        self._shapes.setdefault(key, self._shapes_of(call, flow.picture))
         return result
 
+    def _latents(self, call: TokenCall, shapes: Shapes | None) -> Arriving | None:
+        """The latents if they still arrive in the pieces of this call; otherwise they have arrived."""
+        sample = call.sample
+        if not isinstance(sample, Arriving):
+            return None
+        wanted = None if shapes is None else bands_of(sample, shapes.pieces, shapes.picture)
+        if not self._anatomy.local or sample.bands != wanted:
+            sample.complete()
+            return None
+        call.bound.arguments[self._anatomy.sample] = sample.so_far()
+        return sample
+
+    @staticmethod
+    def _take_rows(call: TokenCall, layout: CallLayout, num_rows: int) -> None:
+        take = partial(take_rows, layout.rows, num_rows)
+        for name, value in call.bound.arguments.items():
+            if name not in call.tokens:
+                call.bound.arguments[name] = map_tensors(value, take)
+
     def _flow(
-        self, forward: Callable[..., Any], call: TokenCall, flow: Flow, layout: CallLayout, pieces: Sequence[Piece]
+        self,
+        forward: Callable[..., Any],
+        call: TokenCall,
+        flow: Flow,
+        layout: CallLayout,
+        num_rows: int,
+        latents: Arriving | None,
     ) -> Any:
+        """Run the forward for all pieces, each when its latents have come."""
+        pieces = [replace(flow.piece, index=i) for i in range(flow.piece.num)]
+        predictions: Predictions | None = None
         result = None
+        self._stages.begin(flow)
         for piece in pieces:
             flow.turn(piece)
+            if latents is not None and flow.place.stage == 0:
+                Arriving.arrive(latents, piece.index)
             result = self._run(forward, call, flow)
+            predictions = predictions or Predictions(
+                self._exchange, self._prefix, flow.place, layout, pieces, flow.picture
+            )
             if flow.place.last:
-                self._give(flow, result)
-        return map_tensors(result, partial(self._take, flow, layout, pieces, call.sample.shape[0]))
+                predictions.give(piece, result)
+        if latents is not None:
+            Arriving.complete(latents)
+        assert predictions is not None
+        return map_tensors(result, partial(predictions.take, num_rows))
 
     def _run(self, forward: Callable[..., Any], call: TokenCall, flow: Flow) -> Any:
         place = flow.place
@@ -180,7 +211,8 @@ class StageRule:
         except TooFewTokens:
             # Before anything was sent: every rank of the stage then has all tokens.
             own = place.group[place.index :][:1]
-            return self._forward(forward, call, replace(step, team=own, index=0, axes=AttentionAxes((0,), (0,), (0, 0))))
+            alone = AttentionAxes((0,), (0,), (0, 0))
+            return self._forward(forward, call, replace(step, team=own, index=0, axes=alone))
 
     def _forward(self, forward: Callable[..., Any], call: TokenCall, step: TokenStep) -> Any:
         self._tokens.begin(step)
@@ -201,67 +233,9 @@ class StageRule:
             return Shapes(tuple(Piece(i, num, picture, width) for i in range(num)), picture)
         return Shapes(tuple(Piece(i, num) for i in range(num)), picture)
 
-    def _give(self, flow: Flow, result: Any) -> None:
-        """Send what the last stage has predicted to all that want it, as soon as it is there."""
-
-        def give(own: torch.Tensor) -> torch.Tensor:
-            dim, part = band_of(own, flow.piece, flow.picture)
-            if len(part):
-                own_part = own.narrow(dim, part.start, len(part))
-                flow.going.append(self._exchange.collect(self._exit(flow.place.sources, None), own_part, {}, flow.place.takers))
-            return own
-
-        map_tensors(result, give)
-
-    def _exit(self, sources: Sequence[int], source: int | None) -> str:
-        rank = self._exchange.transport.rank if source is None else source
-        return f"{self._prefix}exit.{sources.index(rank)}"
-
-    def _take(
-        self, flow: Flow, layout: CallLayout, pieces: Sequence[Piece], num_rows: int, like: torch.Tensor
-    ) -> torch.Tensor:
-        """The prediction with all rows of the batch and all pieces; `like` has its shape, in the last stage its rows."""
-        me = self._exchange.transport.rank
-        sources = flow.place.sources
-        if sources == (me,):
-            return like
-        whole = like.new_empty(num_rows, *like.shape[1:])
-        coming = []
-        for source in sources:
-            rows = whole[layout.batch[source].start : layout.batch[source].stop]
-            if source == me:
-                rows.copy_(like)
-                continue
-            for piece in pieces:
-                dim, part = band_of(rows, piece, flow.picture)
-                if len(part):
-                    room = rows.narrow(dim, part.start, len(part))
-                    swap = self._exchange.collect(self._exit(sources, source), like, {source: room.shape}, ())
-                    coming.append((room, source, swap))
-        for room, source, swap in coming:
-            room.copy_(swap.wait()[source])
-        return whole
-
     def join(self, result: Any, call: TokenCall, layout: CallLayout) -> Any:
         """The model's own output: every piece has been sent to all ranks when it was there."""
         return result
-
-
-def band_of(prediction: torch.Tensor, piece: Piece, picture: int) -> tuple[int, Interval]:
-    """Where a piece's part of a prediction lies: a dimension and an interval of it.
-
-    Args:
-        prediction: tokens [B, L, C] or a picture [B, C, H, W]; others are whole with the last piece.
-        piece: the piece.
-        picture: tokens of the picture.
-    """
-    if prediction.dim() == 3 and prediction.shape[1] == picture:
-        return 1, piece.of(picture)
-    if prediction.dim() == 4 and piece.picture:
-        height = prediction.shape[2] * piece.width // picture
-        part = piece.of(picture)
-        return 2, Interval(part.start // piece.width * height, part.stop // piece.width * height)
-    return 0, Interval(0, len(prediction) if piece.index == piece.num - 1 else 0)
 
 
 def _width(sample: torch.Tensor, picture: int) -> int:

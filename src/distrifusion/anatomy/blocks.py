@@ -94,4 +94,3 @@ def blocks_of(model: nn.Module, kinds: Mapping[str, BlockKind] | None = None) ->
     if not found:
         raise UnsupportedModel(f"{type(model).__name__} has no list of blocks that run one after the other")
     return found
-

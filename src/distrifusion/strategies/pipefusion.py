@@ -73,7 +73,6 @@ class Flow:
         picture: tokens of the picture, known from the first call of the whole.
         streams: what comes from the stage before, by piece; known from the first call of pieces.
         coming: what was asked for before it was needed, by piece.
-        going: what was sent and may not have left.
         joined: the last stage's tokens.
     """
 
@@ -82,7 +81,6 @@ class Flow:
     picture: int = 0
     streams: dict[int, tuple[Stream, ...]] = field(default_factory=dict)
     coming: dict[int, list[Swap]] = field(default_factory=dict)
-    going: list[Swap] = field(default_factory=list)
     received: bool = False
     sent: bool = False
     joined: torch.Tensor | None = None
@@ -133,9 +131,7 @@ class StageStrategy:
         assert self._flow is not None, "a block ran outside a denoiser call"
         return self._flow
 
-    def _block(
-        self, site: BlockSite, signature: inspect.Signature, forward: Forward, *args: Any, **kwargs: Any
-    ) -> Any:
+    def _block(self, site: BlockSite, signature: inspect.Signature, forward: Forward, *args: Any, **kwargs: Any) -> Any:
         bound = signature.bind(*args, **kwargs)
         given, flow = bound.arguments, self.flow
         names = [name for name in site.kind.gives if given.get(name) is not None]
@@ -171,7 +167,7 @@ class StageStrategy:
         assert place.after is not None
         for name, x in streams.items():
             given = {place.after: x.contiguous()}
-            self.flow.going.append(self._exchange.swap(self._border(place.stage, name), given, {}, FLOW))
+            self._exchange.leave(self._exchange.swap(self._border(place.stage, name), given, {}, FLOW))
 
     def _border(self, stage: int, stream: str) -> str:
         return f"{self._prefix}{stream} from stage {stage}"

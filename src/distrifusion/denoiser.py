@@ -25,6 +25,7 @@ from distrifusion.pacing import Pacing
 from distrifusion.plan import Plan
 from distrifusion.stages import StageRule
 from distrifusion.strategies.attach import Attachment
+from distrifusion.strategies.weights import num_bytes
 from distrifusion.tokens import TokenRule
 
 
@@ -46,6 +47,9 @@ class DenoiserCall(Protocol):
 
 class Rule(Protocol):
     """How the calls of one kind of denoiser are divided within a team; all methods are called on every rank."""
+
+    def idle(self) -> list[nn.Module]:
+        """Parts of the model that this rank never runs."""
 
     def sites(self) -> list[Site]:
         """All sites in the model's own order; raises UnsupportedModel naming a layer that has no rule."""
@@ -108,6 +112,11 @@ class ParallelDenoiser(Division):
         self._rule = _rule_of(model, plan, self.exchange, prefix)
         self.needs_request = False
         self._audited = False
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the model's weights that this rank works with."""
+        return num_bytes(self._rule.idle(), self.model)
 
     def _find_sites(self) -> list[Site]:
         return self._rule.sites()

@@ -29,7 +29,7 @@ from distrifusion.strategies.attention import Piece, TokenStep
 from distrifusion.strategies.pipefusion import Flow, PieceAttention, StageStrategy, Stream
 from distrifusion.strategies.tokens import TokenStrategy, TooFewTokens
 from distrifusion.strategies.ulysses import UlyssesAttention
-from distrifusion.strategies.weights import set_aside, weights_of
+from distrifusion.strategies.weights import set_aside
 
 _NOMINAL_TOKENS = 4096  # by which attention is weighed against all else, to balance stages before a call is known
 
@@ -102,17 +102,11 @@ class StageRule:
 
     def attach(self, sites: Sequence[Site], layers: Attachment) -> None:
         """Replace the forwards of the sites, and set the weights of other stages aside."""
-        set_aside(self._foreign(), layers)
+        set_aside(self.idle(), layers)
         self._stages.attach(sites, self._own_blocks(), layers)
 
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes of the weights that this rank works with: its stage's, and those outside all blocks."""
-        foreign = {id(tensor) for tensor in weights_of(self._foreign())}
-        return sum(tensor.nbytes for tensor in weights_of([self._model]) if id(tensor) not in foreign)
-
-    def _foreign(self) -> list[nn.Module]:
-        """The blocks of other stages."""
+    def idle(self) -> list[nn.Module]:
+        """The blocks of other stages, which this rank never runs."""
         own = self._own_blocks()
         blocks = blocks_of(self._model, self._anatomy.blocks)
         return [block.module for block in blocks if not own.start <= block.index < own.stop]

@@ -1,8 +1,8 @@
 """A tensor whose bands are still on their way, on which a sampler can go on band by band.
 
-A pipeline of diffusers calls its scheduler, then its denoiser again, on what looks to it like any tensor. Functions that
-treat each position by itself (guidance, the steps of Euler, DDIM, DPM++ 2M) give another such tensor, of which a band is
-computed when it is asked for; any other function waits for all of it first. Numbers are the same either way.
+A pipeline of diffusers calls its scheduler, then its denoiser again, on what looks to it like any tensor. Functions
+that treat each position by itself (guidance, the steps of Euler, DDIM, DPM++ 2M) give another such tensor, of which a
+band is computed when it is asked for; any other function waits for all of it first. Numbers are the same either way.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from distrifusion.partition import Interval
 # Functions of torch by name that treat each position by itself, and those that do so beside one dimension: where their
 # argument `dim` stands.
 _POINTWISE = {
-    "__rdiv__", "__rpow__", "__rsub__", "__rtruediv__", "abs", "add", "bfloat16", "clamp", "clone", "contiguous", "detach",
-    "div", "double", "exp", "float", "half", "lerp", "mul", "neg", "pow", "reciprocal", "rsub", "sqrt", "sub", "to",
-    "true_divide", "type", "type_as", "where",
+    "__rdiv__", "__rpow__", "__rsub__", "__rtruediv__", "abs", "add", "bfloat16", "clamp", "clone", "contiguous",
+    "detach", "div", "double", "exp", "float", "half", "lerp", "mul", "neg", "pow", "reciprocal", "rsub", "sqrt", "sub",
+    "to", "true_divide", "type", "type_as", "where",
 }  # fmt: skip
 _ALONG = {"cat": 1, "chunk": 2}
 # What is known before anything has come.

@@ -62,9 +62,7 @@ class PieceBuffer:
 
     def _make_room(self) -> None:
         if self._whole is None:
-            raise ConfigError(
-                "a block ran in pieces that was skipped in the whole call before; skip it in both or none"
-            )
+            raise ConfigError("a block ran in pieces that the whole call before had skipped; skip it in both or none")
         key, _, bias = self._whole
         self._room = key.new_empty(2, *key.shape)
         self._bias = None if bias is None else torch.empty_like(bias)

@@ -1,7 +1,7 @@
 """PipeFusion (arXiv 2405.14430): pieces of the tokens flow through stages of the blocks, one piece behind the other.
 
-Each rank runs the model's own forward for every piece. Blocks of other stages pass on what they get; where the own stage
-begins, the streams are replaced by what the stage before gives, and where it ends they are given to the one after.
+Each rank runs the model's own forward for every piece. Blocks of other stages pass on what they get; where the own
+stage begins, the streams are replaced by what the stage before gives, and where it ends they go to the one after.
 Attention sees this call's keys of the pieces that have come, and the last call's of those that have not.
 """
 

@@ -18,6 +18,12 @@ def weights_of(modules: Iterable[nn.Module]) -> list[torch.Tensor]:
     return list({id(tensor): tensor for tensor in tensors}.values())
 
 
+def num_bytes(idle: Iterable[nn.Module], model: nn.Module) -> int:
+    """Bytes of a model's weights without those of parts that are idle."""
+    left = {id(tensor) for tensor in weights_of(idle)}
+    return sum(tensor.nbytes for tensor in weights_of([model]) if id(tensor) not in left)
+
+
 def set_aside(modules: Iterable[nn.Module], layers: Attachment) -> None:
     """Move the weights of modules that no rank calls here from an accelerator to the host, until the layers detach.
 

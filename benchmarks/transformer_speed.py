@@ -34,8 +34,7 @@ from distrifusion.denoiser import ParallelDenoiser
 from distrifusion.exchange.transport import Transport
 from distrifusion.partition import split_evenly
 
-PLANS = ("patch{n}", "patch{n}.displaced.w0", "patch{n}.delta8", "ulysses{n}", "ring{n}", "pipe{n}.m4.w0",
-         "pipe{n}.m8.w0", "pipe{n}.m16.w0")  # fmt: skip
+PLANS = ("patch{n}", "patch{n}.displaced.w0", "patch{n}.delta8", "ulysses{n}", "ring{n}")
 STEP = 0.01
 HEADS, HEAD, OUT, SITES = 4, 128, 64, 4
 
@@ -206,7 +205,8 @@ def report(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
         sent = last["bytes_sent"]["flow" if plan.stages > 1 else "kv"]
         expected = expected_kv(plan, options.rows**2, options.words)
         cells = [f"`{text}`", span(gains, "x"), span(shares), span(works), f"{sent} / {expected or ''}"]
-        print(f"| {' | '.join(cells)} | {last['weight_bytes'] / 1e6:.1f} |")
+        weights = f"{last['weight_bytes'] / 1e6:.1f}" if "weight_bytes" in last else ""
+        print(f"| {' | '.join(cells)} | {weights} |")
 
 
 def main() -> None:

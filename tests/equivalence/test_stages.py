@@ -202,5 +202,5 @@ def test_models_that_cannot_flow_are_refused_with_a_plan_that_can(make: Any, pla
 def test_blocks_that_are_not_known_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     known = {name: kind for name, kind in blocks.KINDS.items() if name != "JointTransformerBlock"}
     monkeypatch.setattr(blocks, "KINDS", known)
-    with pytest.raises(UnsupportedModel, match="transformer_blocks.0.*JointTransformerBlock"):
+    with pytest.raises(UnsupportedModel, match=r"transformer_blocks\.0.*JointTransformerBlock"):
         attached(sd3(), "pipe2")

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from distrifusion.anatomy.base import Anatomy, Site
-from distrifusion.anatomy.blocks import BlockSite, blocks_of
-from distrifusion.anatomy.tokens import TokenAnatomy, TokenCall
+from distrifusion.anatomy.blocks import BlockSite, blocks_of, operations
+from distrifusion.anatomy.tokens import TokenAnatomy, TokenAttentionSite, TokenCall
 from distrifusion.errors import PlanError
 from distrifusion.exchange.arriving import Arriving
 from distrifusion.exchange.verbs import Exchange
@@ -80,6 +80,7 @@ class StageRule:
         self._tokens = TokenStrategy(exchange, UlyssesAttention(exchange, attend) if plan.ulysses > 1 else attend)
         self._stages = StageStrategy(exchange, self._tokens, prefix)
         self._shapes: dict[Hashable, Shapes] = {}
+        self._idle: list[nn.Module] = []
         self._check(blocks_of(model, anatomy.blocks))
 
     def _check(self, blocks: Sequence[BlockSite]) -> None:
@@ -102,26 +103,18 @@ class StageRule:
 
     def attach(self, sites: Sequence[Site], layers: Attachment) -> None:
         """Replace the forwards of the sites, and set the weights of other stages aside."""
-        set_aside(self.idle(), layers)
-        self._stages.attach(sites, self._own_blocks(), layers)
+        blocks = [site for site in sites if isinstance(site, BlockSite)]
+        attentions = [site for site in sites if isinstance(site, TokenAttentionSite)]
+        costs = [operations(block, attentions, _NOMINAL_TOKENS) for block in blocks]
+        place = self._exchange.transport.rank % self._plan.team
+        own = balance(costs, self._plan.stages)[place // (self._plan.team // self._plan.stages)]
+        self._idle = [block.module for block in blocks if not own.start <= block.index < own.stop]
+        set_aside(self._idle, layers)
+        self._stages.attach(sites, own, layers)
 
     def idle(self) -> list[nn.Module]:
         """The blocks of other stages, which this rank never runs."""
-        own = self._own_blocks()
-        blocks = blocks_of(self._model, self._anatomy.blocks)
-        return [block.module for block in blocks if not own.start <= block.index < own.stop]
-
-    def _own_blocks(self) -> Interval:
-        """Which of the blocks are of this rank's stage, counted from 0."""
-        blocks = blocks_of(self._model, self._anatomy.blocks)
-        names = [site.name for site in self._anatomy.attention_sites(self._model)]
-        costs = []
-        for block in blocks:
-            num_attentions = sum(name.startswith(f"{block.name}.") for name in names)
-            width = max((p.shape[-1] for p in block.module.parameters() if p.dim() == 2), default=0)
-            costs.append(block.operations + num_attentions * 2 * _NOMINAL_TOKENS * width)
-        place = self._exchange.transport.rank % self._plan.team
-        return balance(costs, self._plan.stages)[place // (self._plan.team // self._plan.stages)]
+        return self._idle
 
     def bind(self, forward: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> TokenCall:
         """Sort the arguments of a call; raises ConfigError on one that has no rule."""

@@ -26,8 +26,8 @@ class Span(NamedTuple):
     Attributes:
         what: COMPUTE, WAIT or POST.
         kind: of the values that are posted or waited for: "kv", "halo", "norm", "parcel" (halos and norm statistics
-            of up to sixteen layers in one message) or "exit" (the prediction, and levels that are too coarse to cut);
-            empty for COMPUTE.
+            of up to sixteen layers in one message), "flow" (what one part of the network gives to the next) or "exit"
+            (the prediction, and levels that are too coarse to cut); empty for COMPUTE.
         layer: that asked for them; empty for COMPUTE.
         start, end: in nanoseconds, by the clock that all ranks share.
         peers: ranks that the values went to or came from.

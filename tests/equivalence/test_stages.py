@@ -11,7 +11,7 @@ import torch
 from division import EXACT, errors, on_ranks, predictions
 
 from distrifusion import ConfigError, Plan, PlanError, UnsupportedModel
-from distrifusion.anatomy import blocks
+from distrifusion.anatomy import anatomy_of, blocks
 from distrifusion.denoiser import ParallelDenoiser
 from distrifusion.exchange.virtual import VirtualTransport, VirtualWorld
 from distrifusion.stages import balance
@@ -166,8 +166,11 @@ def test_stages_cost_alike() -> None:
 
 def test_double_and_single_blocks_of_flux_do_as_much_for_a_token() -> None:
     """Those of two streams have twice the weights, of which each token meets half."""
-    double, *_, single = blocks.blocks_of(flux(num_layers=1, num_single_layers=1, num_attention_heads=12))
-    assert double.operations == pytest.approx(single.operations, rel=0.01)
+    model = flux(num_layers=1, num_single_layers=1, num_attention_heads=12)
+    attentions = anatomy_of(model).sites(model)
+    double, single = (blocks.operations(block, attentions, 4096) for block in blocks.blocks_of(model))
+    assert double == pytest.approx(single, rel=0.01)
+    assert double > 2 * 4096 * 96
 
 
 def test_detaching_restores_the_model() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -57,16 +57,6 @@ class BlockSite(Site):
     index: int
     kind: BlockKind
 
-    @property
-    def operations(self) -> float:
-        """Multiplications for one token beside attention, to compare blocks of one model.
-
-        Layers in norms are not counted: they read the timestep, once per picture.
-        """
-        layers = self.module.named_modules()
-        linear = [layer for name, layer in layers if isinstance(layer, nn.Linear) and "norm" not in name]
-        return self.kind.met * sum(layer.in_features * layer.out_features for layer in linear)
-
 
 def blocks_of(model: nn.Module, kinds: Mapping[str, BlockKind] | None = None) -> list[BlockSite]:
     """The blocks of a model in the order in which they run.
@@ -94,3 +84,21 @@ def blocks_of(model: nn.Module, kinds: Mapping[str, BlockKind] | None = None) ->
     if not found:
         raise UnsupportedModel(f"{type(model).__name__} has no list of blocks that run one after the other")
     return found
+
+
+def operations(block: BlockSite, attentions: Sequence[Site], num_tokens: int) -> float:
+    """Multiplications that a block does for one token, to compare the blocks of one model.
+
+    Layers in norms are not counted: they read the timestep, once per picture.
+
+    Args:
+        block: the block.
+        attentions: the model's attention modules over all tokens; those of the block are counted.
+        num_tokens: that they attend to.
+    """
+    layers = block.module.named_modules()
+    linear = [layer for name, layer in layers if isinstance(layer, nn.Linear) and "norm" not in name]
+    inside = [site.module for site in attentions if site.name.startswith(f"{block.name}.")]
+    channels = sum(int(getattr(module, "inner_dim", 0)) for module in inside)
+    weights = sum(layer.in_features * layer.out_features for layer in linear)
+    return block.kind.met * weights + 2 * num_tokens * channels

@@ -143,10 +143,6 @@ class TokenAnatomy:
         self._check_found(model, {site.name for site in found})
         return found
 
-    def attention_sites(self, model: nn.Module) -> list[Site]:
-        """The attention modules over tokens that were cut."""
-        return [site for site in self.sites(model) if isinstance(site, TokenAttentionSite)]
-
     def bind(self, forward: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> TokenCall:
         """Sort the arguments of a call; raises ConfigError on one that has no rule."""
         bound = inspect.signature(forward).bind(*args, **kwargs)

@@ -78,7 +78,7 @@ class StageRule:
         self._prefix = prefix
         attend = PieceAttention(exchange)
         self._tokens = TokenStrategy(exchange, UlyssesAttention(exchange, attend) if plan.ulysses > 1 else attend)
-        self._stages = StageStrategy(exchange, self._tokens, prefix)
+        self._stages = StageStrategy(exchange, self._tokens, attend, prefix)
         self._shapes: dict[Hashable, Shapes] = {}
         self._idle: list[nn.Module] = []
         self._check(blocks_of(model, anatomy.blocks))

@@ -207,3 +207,13 @@ def test_blocks_that_are_not_known_are_refused_by_name(monkeypatch: pytest.Monke
     monkeypatch.setattr(blocks, "KINDS", known)
     with pytest.raises(UnsupportedModel, match=r"transformer_blocks\.0.*JointTransformerBlock"):
         attached(sd3(), "pipe2")
+
+
+@pytest.mark.parametrize("family", ["SD3", "SD3.5 medium", "FLUX.1 dev", "PixArt-Sigma", "CogVideoX 5B", "Qwen-Image"])
+def test_the_first_call_of_pieces_is_as_near_as_later_ones(family: str) -> None:
+    """Keys of the whole are put in the order of the pieces; all keys old would be farther off."""
+    x = inputs_of(family)
+    y = moved(x)
+    model = model_of(family)
+    first, later = errors(model, "pipe2.m3.w0", [x, y])[1], errors(model, "pipe2.m3.w0", [x, x, y])[2]
+    assert first == pytest.approx(later, rel=1e-2)

@@ -12,6 +12,7 @@ from distrifusion.errors import UnsupportedModel
 
 _PICTURE = ("hidden_states",)
 _TEXT_FIRST = ("encoder_hidden_states", "hidden_states")
+_TEXT_LAST = ("hidden_states", "encoder_hidden_states")
 
 
 @dataclass(frozen=True)
@@ -20,11 +21,14 @@ class BlockKind:
 
     Attributes:
         gives: arguments that its results take the place of, in the order of the results; streams of tokens all.
+        keys: arguments whose tokens its attention over several streams reads as keys, in that order; empty if that is
+            not told by its arguments.
         met: share of its weights that each token meets, below 1 where text and picture have weights of their own.
         skips: blocks of the second half read what those of the first gave.
     """
 
     gives: tuple[str, ...] = _PICTURE
+    keys: tuple[str, ...] = _PICTURE
     met: float = 1.0
     skips: bool = False
 
@@ -32,15 +36,15 @@ class BlockKind:
 # By the name of the block's class.
 KINDS: Mapping[str, BlockKind] = {
     "BasicTransformerBlock": BlockKind(),
-    "CogVideoXBlock": BlockKind(("hidden_states", "encoder_hidden_states")),
-    "Flux2SingleTransformerBlock": BlockKind(),
-    "Flux2TransformerBlock": BlockKind(_TEXT_FIRST, met=0.5),
-    "FluxSingleTransformerBlock": BlockKind(_TEXT_FIRST),
-    "FluxTransformerBlock": BlockKind(_TEXT_FIRST, met=0.5),
+    "CogVideoXBlock": BlockKind(_TEXT_LAST, _TEXT_FIRST),
+    "Flux2SingleTransformerBlock": BlockKind(keys=()),  # one argument has both streams
+    "Flux2TransformerBlock": BlockKind(_TEXT_FIRST, _TEXT_FIRST, met=0.5),
+    "FluxSingleTransformerBlock": BlockKind(_TEXT_FIRST, _TEXT_FIRST),
+    "FluxTransformerBlock": BlockKind(_TEXT_FIRST, _TEXT_FIRST, met=0.5),
     "HunyuanDiTBlock": BlockKind(skips=True),
-    "JointTransformerBlock": BlockKind(_TEXT_FIRST, met=0.5),
+    "JointTransformerBlock": BlockKind(_TEXT_FIRST, _TEXT_LAST, met=0.5),
     "LTXVideoTransformerBlock": BlockKind(),
-    "QwenImageTransformerBlock": BlockKind(_TEXT_FIRST, met=0.5),
+    "QwenImageTransformerBlock": BlockKind(_TEXT_FIRST, _TEXT_FIRST, met=0.5),
     "WanTransformerBlock": BlockKind(),
 }
 

@@ -11,8 +11,12 @@ class PieceBuffer:
     """What a rank keeps of one attention between denoiser calls whose tokens flow in pieces.
 
     The tokens of a whole stand in another order (text, then picture) than pieces, which have some of both. Attention
-    does not mind the order, but what stands in one cannot be renewed in the other: in the first call of pieces all
-    keys are the last whole call's, later each piece's are as fresh as they can be.
+    does not mind the order, but what stands in one cannot be renewed in the other: unless it is known how to arrange
+    them, all keys in the first call of pieces are the last whole call's. Later each piece's are as fresh as can be.
+
+    Attributes:
+        streams: numbers of tokens of the streams that a whole consists of, in its order; empty if that is not known,
+            or no whole waits to be arranged.
     """
 
     def __init__(self) -> None:
@@ -20,6 +24,7 @@ class PieceBuffer:
         self._room: torch.Tensor | None = None
         self._bias: torch.Tensor | None = None
         self._start = 0
+        self.streams: tuple[int, ...] = ()
 
     @property
     def num_bytes(self) -> int:
@@ -27,9 +32,19 @@ class PieceBuffer:
         held = (*(self._whole or ()), self._room, self._bias)
         return sum(tensor.nbytes for tensor in held if tensor is not None)
 
-    def keep(self, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor | None) -> None:
+    def keep(
+        self, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor | None, streams: tuple[int, ...] = ()
+    ) -> None:
         """Keep what a call of the whole attends to: keys and values [B, N, L, D], bias [B or 1, N or 1, 1, L]."""
-        self._whole = key, value, bias
+        self._whole, self.streams = (key, value, bias), streams
+
+    def arrange(self, order: torch.Tensor) -> None:
+        """Put what the whole attended to in the order of the pieces, given as places in the whole [L]."""
+        assert self._whole is not None
+        key, value, bias = self._whole
+        self._room = torch.stack([key[:, :, order], value[:, :, order]])
+        self._bias = None if bias is None else bias[..., order]
+        self._whole, self.streams = None, ()
 
     def renew(
         self, index: int, num: int, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor | None

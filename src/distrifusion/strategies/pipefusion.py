@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -24,7 +24,7 @@ from distrifusion.exchange.verbs import Exchange
 from distrifusion.mesh import StagePlace
 from distrifusion.partition import Interval
 from distrifusion.strategies.attach import Attachment
-from distrifusion.strategies.attention import AttentionCall, Piece, TokenStep, attend
+from distrifusion.strategies.attention import AttentionCall, Piece, TokenStep, attend, starts_of
 from distrifusion.strategies.tokens import TokenStrategy
 
 Forward = Callable[..., Any]
@@ -32,10 +32,17 @@ FLOW = "flow"
 
 
 class PieceAttention:
-    """Attention of a piece's queries to the keys of all pieces, kept from call to call."""
+    """Attention of a piece's queries to the keys of all pieces, kept from call to call.
+
+    Where a group of ranks shares a piece, the keys of a whole stand in the order of the ranks and are not arranged.
+
+    Attributes:
+        streams: numbers of tokens of the streams that the block at hand reads as keys, in the order of the keys.
+    """
 
     def __init__(self, exchange: Exchange) -> None:
         self._exchange = exchange
+        self.streams: tuple[int, ...] = ()
 
     def __call__(self, step: TokenStep, call: AttentionCall) -> torch.Tensor:
         """The result for the queries of the call, whose keys are those of the piece."""
@@ -43,10 +50,27 @@ class PieceAttention:
         kept = self._exchange.pieces(call.name)
         assert step.piece is not None
         if kept is not None and step.piece.num == 1:
-            kept.keep(key, value, bias)
+            kept.keep(key, value, bias, self._read(key.shape[2]) if len(step.team) == 1 else ())
         elif kept is not None:
+            if kept.streams:
+                kept.arrange(order_of(kept.streams, step.piece).to(key.device))
             key, value, bias = kept.renew(step.piece.index, step.piece.num, key, value, bias)
         return attend(call.query, key, value, bias, call.scale)
+
+    def _read(self, num_keys: int) -> tuple[int, ...]:
+        """The streams that so many keys are of: all, or one of them; none if that cannot be said."""
+        found = (streams for streams in (self.streams, *((n,) for n in self.streams)) if sum(streams) == num_keys)
+        return next(found, ())
+
+
+def order_of(streams: Sequence[int], piece: Piece) -> torch.Tensor:
+    """Where the tokens of all pieces, one piece after the other, stand in a whole [L] of streams of some lengths."""
+    starts = starts_of(streams)
+    places = []
+    for index in range(piece.num):
+        parts = [replace(piece, index=index).of(length) for length in streams]
+        places += [torch.arange(a + part.start, a + part.stop) for a, part in zip(starts, parts, strict=False)]
+    return torch.cat(places)
 
 
 class Stream(NamedTuple):
@@ -96,11 +120,13 @@ class StageStrategy:
     Args:
         exchange: this rank's.
         tokens: cuts streams into pieces and has attention answered.
+        attend: what answers for the pieces.
         prefix: begins the names of the model's layers.
     """
 
-    def __init__(self, exchange: Exchange, tokens: TokenStrategy, prefix: str) -> None:
+    def __init__(self, exchange: Exchange, tokens: TokenStrategy, attend: PieceAttention, prefix: str) -> None:
         self._exchange = exchange
+        self._attend = attend
         self._tokens = tokens
         self._prefix = prefix
         self._own = Interval(0, 0)
@@ -143,6 +169,8 @@ class StageStrategy:
             flow.sent = True
             self._send({name: given[name] for name in names})
         if self._own.start <= site.index < self._own.stop:
+            keys = (given.get(name) for name in site.kind.keys)
+            self._attend.streams = tuple(x.shape[1] for x in keys if x is not None)
             return forward(*bound.args, **bound.kwargs)
         results = tuple(given[name] for name in site.kind.gives)
         return results if len(results) > 1 else results[0]

@@ -138,7 +138,7 @@ class ParallelDenoiser(Division):
         """End the request and forget what it kept. Every rank calls it."""
         request = self.request
         self.request, self.slot = (before.request, before.slot) if before else (None, 0)
-        self.exchange.finish()
+        self.exchange.underway.finish()
         self.pool.close(request)
 
     def run(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -53,7 +53,9 @@ class Predictions:
             dim, part = band_of(own, piece, self._picture)
             if len(part):
                 room = own.narrow(dim, part.start, len(part))
-                self._exchange.leave(self._exchange.collect(self._name(self._rank), room, {}, self._place.takers))
+                self._exchange.underway.leave(
+                    self._exchange.collect(self._name(self._rank), room, {}, self._place.takers)
+                )
             return own
 
         map_tensors(result, send)
@@ -88,7 +90,7 @@ class Predictions:
         arriving = Arriving.of(whole, bands, partial(_fill, coming))
         # By its first piece every rank knows that every other is in this call.
         arriving.arrive(0)
-        self._exchange.follow(arriving)
+        self._exchange.underway.follow(arriving)
         return arriving
 
     def _name(self, source: int) -> str:

@@ -5,7 +5,6 @@ Nothing else communicates.
 
 from __future__ import annotations
 
-import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,13 +14,13 @@ from functools import lru_cache, partial
 import torch
 
 from distrifusion.errors import RankFailed, StepTimeout
-from distrifusion.exchange.arriving import Arriving
 from distrifusion.exchange.gathering import AS_THEY_ARE, GatherBuffer, Sending, Weight
 from distrifusion.exchange.handles import Gathered, Halo, Shared, Swap, with_length
 from distrifusion.exchange.pieces import PieceBuffer
 from distrifusion.exchange.pool import CallState, Parcel, Swapped
 from distrifusion.exchange.posted import Posted, tag_of
 from distrifusion.exchange.transport import Message, Transport
+from distrifusion.exchange.underway import Underway
 from distrifusion.partition import Interval
 from distrifusion.plan import SiteKind
 
@@ -95,6 +94,7 @@ class Exchange:
 
     Attributes:
         posting: kind and name of what was posted last, which a trace reads.
+        underway: messages that outlast the call in which they were asked for.
         num_synchronous: calls in which no value of a call before was read.
     """
 
@@ -108,9 +108,7 @@ class Exchange:
         self._seen: Counter[str] = Counter()
         self._deferred: list[tuple[str, Posted]] = []
         self._drift: list[torch.Tensor] = []
-        self._leaving: list[Swap] = []
-        self._left: list[Swap] = []
-        self._followed: list[weakref.ref[Arriving]] = []
+        self.underway = Underway()
 
     def begin(self, policy: CallPolicy) -> None:
         """Start a denoiser call."""
@@ -131,9 +129,7 @@ class Exchange:
                 if isinstance(posted, Parcel) and posted.started:
                     self._post("parcel", posted)
             state.calls += 1
-        for swap in self._left:
-            swap.wait()
-        self._left, self._leaving = self._leaving, []
+        self.underway.end_call()
 
     def keeps(self, *kinds: SiteKind) -> bool:
         """Whether values of one of these kinds are kept for a later call."""
@@ -251,25 +247,6 @@ class Exchange:
             return dict(taken)
 
         return Swap(take)
-
-    def leave(self, swap: Swap) -> None:
-        """Have a message go that nobody waits for: it has left when the next call ends."""
-        self._leaving.append(swap)
-
-    def follow(self, arriving: Arriving) -> None:
-        """See to it that a tensor has arrived when the request ends."""
-        self._followed = [ref for ref in self._followed if isinstance(ref(), Arriving)]
-        self._followed.append(weakref.ref(arriving))
-
-    def finish(self) -> None:
-        """End a request: nothing is under way any more. Every rank calls it."""
-        leaving, followed = [*self._left, *self._leaving], self._followed
-        self._left, self._leaving, self._followed = [], [], []
-        for ref in followed:
-            if (arriving := ref()) is not None:
-                Arriving.complete(arriving)
-        for swap in leaving:
-            swap.wait()
 
     def drift(self, like: torch.Tensor) -> torch.Tensor:
         """Relative change [1] in fp32 of this rank's own kept keys and values since the last call; 0 if it has none."""

@@ -195,7 +195,7 @@ class StageStrategy:
         assert place.after is not None
         for name, x in streams.items():
             given = {place.after: x.contiguous()}
-            self._exchange.leave(self._exchange.swap(self._border(place.stage, name), given, {}, FLOW))
+            self._exchange.underway.leave(self._exchange.swap(self._border(place.stage, name), given, {}, FLOW))
 
     def _border(self, stage: int, stream: str) -> str:
         return f"{self._prefix}{stream} from stage {stage}"

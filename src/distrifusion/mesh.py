@@ -38,6 +38,13 @@ class CallLayout:
         places = enumerate(zip(self.band, self.replica, strict=True))
         return tuple(r for r, place in places if place == (self.index, self.replica[own]) and r != own)
 
+    @property
+    def twins(self) -> tuple[int, ...]:
+        """Ranks that have the same part of the same rows, in teams that were left over."""
+        own = self.team[self.index]
+        places = enumerate(zip(self.batch, self.band, strict=True))
+        return tuple(r for r, place in places if place == (self.rows, self.index) and r != own)
+
 
 @dataclass(frozen=True)
 class AttentionAxes:

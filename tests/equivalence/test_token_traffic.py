@@ -79,6 +79,13 @@ def test_what_flows_between_stages_is_the_tokens_once_however_deep_and_in_howeve
         }
 
 
+def test_teams_that_do_the_same_meet_in_every_call() -> None:
+    """A cancelled run ends after the same step on every rank, because none can be a call ahead of another."""
+    model, x = FAMILIES["FLUX.1 dev"].make(), FAMILIES["FLUX.1 dev"].inputs(1, 7, 5)
+    for rank, sent in enumerate(traffic(model, Plan.parse("cfg2.pipe2.m3.w0"), [x, x, x])):
+        assert (rank + 2) % 4 in {message.peer for message in sent.messages}
+
+
 def test_the_first_call_tells_each_site_s_tokens_once() -> None:
     model, x = FAMILIES["FLUX.1 dev"].make(), FAMILIES["FLUX.1 dev"].inputs(BATCH, 7, 5)
     first, second = (traffic(model, Plan(ring=3), num * [x])[0] for num in (1, 2))

@@ -3,9 +3,11 @@
     python benchmarks/transformer_speed.py --repeat 5 --out benchmarks/results/transformer_speed.json
 
 Every repetition times, one after the other in the same processes: one rank alone, all ranks at once on whole calls (how
-much they slow each other gives the ceiling of any speed-up here), and calls of every plan. Every rank has one thread;
-fp32. Speed-ups are of the median call after the first, medians over repetitions with their range. `own work` is CPU
-time of rank 0 in a call against half of one device's: what other programs on the machine disturb least.
+much they slow each other gives the ceiling of any speed-up here), and steps of every plan: a call, and what Euler's
+method makes of it. Every rank has one thread; fp32. Speed-ups are of the median step after the first, medians over
+repetitions with their range. Steps of pieces (`pipe<N>.m<M>`) overlap: theirs are all after the warm-up until the last
+latents are there, by their number; `--apart` waits for each. `own work` is CPU time of rank 0 in a step against half of
+one device's: what other programs on the machine disturb least.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ from distrifusion.exchange.transport import Transport
 from distrifusion.partition import split_evenly
 
 PLANS = ("patch{n}", "patch{n}.displaced.w0", "patch{n}.delta8", "ulysses{n}", "ring{n}")
+STEP = 0.01
 HEADS, HEAD, OUT, SITES = 4, 128, 64, 4
 
 
@@ -60,33 +63,78 @@ def inputs(rows: int, words: int) -> dict[str, Any]:
     }
 
 
-def timed(call: Callable[[], Any], count: int, begin: Callable[[], Any]) -> dict[str, list[float]]:
-    """Wall and CPU seconds of so many calls."""
+class Sampler:
+    """Euler's method from the latents of some arguments on.
+
+    Args:
+        call: the model.
+        arguments: of the first step.
+        apart: a step waits for all of its latents.
+    """
+
+    def __init__(self, call: Callable[..., Any], arguments: dict[str, Any], apart: bool) -> None:
+        self._call = call
+        self._arguments = arguments
+        self._apart = apart
+        self.latents = arguments["hidden_states"]
+
+    def step(self) -> None:
+        """One call, and the latents after it."""
+        prediction = self._call(**{**self._arguments, "hidden_states": self.latents}).sample
+        self.latents = self.latents + STEP * prediction
+        if self._apart:
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait for the latents."""
+        self.latents.sum()
+
+
+def timed(step: Callable[[], Any], count: int, begin: Callable[[], Any]) -> dict[str, list[float]]:
+    """Wall and CPU seconds of so many steps."""
     row: dict[str, list[float]] = {"seconds": [], "own_work": []}
     for _ in range(count):
         begin()
         wall, own = time.perf_counter(), time.process_time()
-        call()
+        step()
         row["seconds"].append(time.perf_counter() - wall)
         row["own_work"].append(time.process_time() - own)
     return row
 
 
-def run_plan(model: Any, plan: Plan, transport: Transport, arguments: dict[str, Any], count: int) -> dict[str, Any]:
-    """Calls of a plan within one request, and the bytes of the last one."""
+def run_plan(
+    model: Any, plan: Plan, transport: Transport, arguments: dict[str, Any], options: argparse.Namespace
+) -> dict[str, Any]:
+    """Steps of a plan within one request, the bytes of the last one, and those of the weights that the rank reads."""
     denoiser = ParallelDenoiser(model, plan, transport)
     denoiser.attach()
     denoiser.open("benchmark")
+    sampler = Sampler(model, arguments, options.apart)
 
     def begin() -> None:
         denoiser.slot = 0
         denoiser.exchange.bytes_sent.clear()
 
-    row = timed(lambda: model(**arguments), count, begin)
-    sent = dict(denoiser.exchange.bytes_sent)
+    if plan.late:
+        row = timed(sampler.step, plan.num_synchronous, begin)
+        sampler.finish()
+        dist.barrier()
+        all_steps = timed(lambda: (repeated(sampler.step, begin, options.steps), sampler.finish()), 1, lambda: None)
+        for name, (value,) in all_steps.items():
+            row[name].append(value / options.steps)
+    else:
+        row = timed(sampler.step, options.calls + 1, begin)
+    sent, weights = dict(denoiser.exchange.bytes_sent), denoiser.weight_bytes
     denoiser.close()
     denoiser.detach()
-    return {**row, "bytes_sent": sent}
+    return {**row, "bytes_sent": sent, "weight_bytes": weights}
+
+
+def repeated(step: Callable[[], Any], begin: Callable[[], Any], count: int) -> None:
+    """So many steps of a request."""
+    for _ in range(count):
+        begin()
+        step()
 
 
 def expected_bytes(plan: Plan, tokens: int, words: int) -> int | None:
@@ -100,6 +148,8 @@ def expected_bytes(plan: Plan, tokens: int, words: int) -> int | None:
         numel = (tokens + words) * channels
         own = len(split_evenly(numel, ranks)[0])
         return (SITES + 1) * 4 * (numel - own + (ranks - 1) * own)
+    if plan.stages > 1:  # rank 0's pieces, all together as large as the whole
+        return 4 * (tokens + words) * channels
     if plan.ulysses == 1:  # a ring sends the block that it got on: the last one's is the first's where all are even
         return SITES * 4 * 2 * channels * (sum(parts) - parts[1] if plan.ring > 1 else (ranks - 1) * parts[0])
     heads = [len(part) * HEAD for part in split_evenly(HEADS, ranks)]
@@ -123,7 +173,7 @@ def time_rank(rank: int, options: argparse.Namespace, port: int, path: Path) -> 
         found["together"] = timed(whole, options.calls, dist.barrier)
         for text in plans_of(options):
             dist.barrier()
-            found[text] = run_plan(model, Plan.parse(text), transport, arguments, options.calls + 1)
+            found[text] = run_plan(model, Plan.parse(text), transport, arguments, options)
         rows += [{"repetition": repetition, "plan": plan, **row} for plan, row in found.items()]
     if rank == 0:
         path.write_text(json.dumps(rows))
@@ -136,9 +186,8 @@ def plans_of(options: argparse.Namespace) -> list[str]:
 
 def report(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
     """Print a Markdown table of medians and ranges."""
-    print(
-        "| plan | speed-up | of the ceiling | own work | bytes within a call, sent / expected |\n|---|---|---|---|---|"
-    )
+    print("| plan | speed-up | of the ceiling | own work | bytes between layers, sent / expected | MB of weights |")
+    print("|---|---|---|---|---|---|")
     by_repetition = [
         {row["plan"]: row for row in rows if row["repetition"] == repetition} for repetition in range(options.repeat)
     ]
@@ -154,11 +203,14 @@ def report(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
             alone = statistics.median(own["alone"]["own_work"]) / options.ranks
             works.append(statistics.median(own[text]["own_work"][skip:]) / alone)
         if text == "together":
-            print(f"| ceiling | {span(gains, 'x')} | | | |")
+            print(f"| ceiling | {span(gains, 'x')} | | | | |")
             continue
-        sent = sum(n for kind, n in by_repetition[-1][text]["bytes_sent"].items() if kind != "exit")
-        expected = expected_bytes(Plan.parse(text), options.rows**2, options.words)
-        print(f"| `{text}` | {span(gains, 'x')} | {span(shares)} | {span(works)} | {sent} / {expected or ''} |")
+        last, plan = by_repetition[-1][text], Plan.parse(text)
+        sent = sum(n for kind, n in last["bytes_sent"].items() if kind != "exit")
+        expected = expected_bytes(plan, options.rows**2, options.words)
+        cells = [f"`{text}`", span(gains, "x"), span(shares), span(works), f"{sent} / {expected or ''}"]
+        weights = f"{last['weight_bytes'] / 1e6:.1f}" if "weight_bytes" in last else ""
+        print(f"| {' | '.join(cells)} | {weights} |")
 
 
 def main() -> None:
@@ -168,6 +220,8 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=64, help="rows of tokens, as many columns")
     parser.add_argument("--words", type=int, default=512)
     parser.add_argument("--calls", type=int, default=3, help="timed calls of every plan in a repetition")
+    parser.add_argument("--steps", type=int, default=8, help="timed steps of every plan of pieces in a repetition")
+    parser.add_argument("--apart", action="store_true", help="wait for all latents after every step")
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--out", type=Path, default=Path("transformer_speed.json"))
     options = parser.parse_args()

@@ -60,6 +60,10 @@ class BandRule:
             raise PlanError(f"plan '{self._plan}': naive bands have no part of a control image; use another policy")
         return sites
 
+    def idle(self) -> list[nn.Module]:
+        """Every rank runs all of the model."""
+        return []
+
     def attach(self, sites: Sequence[Site], layers: Attachment) -> None:
         """Replace the forwards of the sites."""
         norms = self._adaptive_norms.attach([s for s in sites if isinstance(s, AdaptiveNormSite)], layers)

@@ -15,7 +15,7 @@ from distrifusion.anatomy.tokens import TokenAnatomy
 from distrifusion.bands import BandRule
 from distrifusion.components import ComponentRule
 from distrifusion.division import Division
-from distrifusion.errors import ConfigError, PlanError
+from distrifusion.errors import ConfigError
 from distrifusion.exchange.pool import CallState, Pool
 from distrifusion.exchange.transport import Transport
 from distrifusion.exchange.verbs import Exchange
@@ -25,7 +25,9 @@ from distrifusion.nested import take_rows
 from distrifusion.pacing import Pacing
 from distrifusion.plan import Plan
 from distrifusion.shares import ShareRule
+from distrifusion.stages import StageRule
 from distrifusion.strategies.attach import Attachment
+from distrifusion.strategies.weights import num_bytes
 from distrifusion.tokens import TokenRule
 
 
@@ -47,6 +49,9 @@ class DenoiserCall(Protocol):
 
 class Rule(Protocol):
     """How the calls of one kind of denoiser are divided within a team; all methods are called on every rank."""
+
+    def idle(self) -> list[nn.Module]:
+        """Parts of the model that this rank never runs."""
 
     def sites(self) -> list[Site]:
         """All sites in the model's own order; raises UnsupportedModel naming a layer that has no rule."""
@@ -110,6 +115,11 @@ class ParallelDenoiser(Division):
         self.needs_request = False
         self._audited = False
 
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the model's weights that this rank works with."""
+        return num_bytes(self._rule.idle(), self.model)
+
     def _find_sites(self) -> list[Site]:
         return self._rule.sites()
 
@@ -130,6 +140,7 @@ class ParallelDenoiser(Division):
         """End the request and forget what it kept. Every rank calls it."""
         request = self.request
         self.request, self.slot = (before.request, before.slot) if before else (None, 0)
+        self.exchange.underway.finish()
         self.pool.close(request)
 
     def run(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -178,8 +189,8 @@ def _rule_of(model: nn.Module, plan: Plan, exchange: Exchange, prefix: str) -> R
         return ComponentRule(model, anatomy, plan, exchange, prefix)
     if plan.tp > 1:
         return ShareRule(model, anatomy, plan, exchange, prefix)
-    if plan.owns_weights:
-        raise PlanError(f"plan '{plan}': no rule for {type(model).__name__}")
+    if plan.stages > 1:
+        return StageRule(model, anatomy, plan, exchange, prefix)
     if isinstance(anatomy, TokenAnatomy):
         return TokenRule(model, anatomy, plan, exchange, prefix)
     return BandRule(model, anatomy, plan, exchange, prefix)

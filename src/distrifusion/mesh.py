@@ -38,6 +38,13 @@ class CallLayout:
         places = enumerate(zip(self.band, self.replica, strict=True))
         return tuple(r for r, place in places if place == (self.index, self.replica[own]) and r != own)
 
+    @property
+    def twins(self) -> tuple[int, ...]:
+        """Ranks that have the same part of the same rows, in teams that were left over."""
+        own = self.team[self.index]
+        places = enumerate(zip(self.batch, self.band, strict=True))
+        return tuple(r for r, place in places if place == (self.rows, self.index) and r != own)
+
 
 @dataclass(frozen=True)
 class AttentionAxes:
@@ -63,6 +70,56 @@ class AttentionAxes:
             ring=tuple(range(head, size, degree)),
             index=(head, block),
         )
+
+
+@dataclass(frozen=True)
+class StagePlace:
+    """One rank's place in a team that divides the network in depth, axes outer to inner: stages, ulysses.
+
+    Attributes:
+        stage: 0 to num_stages - 1, in the order in which the network runs.
+        num_stages: stages of the team.
+        group: ranks of this stage, which share its tokens.
+        index: this rank's place in the group.
+        before, after: ranks at the same place in the stages before and after; None at the ends.
+        sources: for every part of the batch, the rank at the same place in the last stage, in the order of the batch.
+        takers: ranks that get what this one predicts; none unless it is in the last stage.
+    """
+
+    stage: int
+    num_stages: int
+    group: tuple[int, ...]
+    index: int
+    before: int | None
+    after: int | None
+    sources: tuple[int, ...]
+    takers: tuple[int, ...]
+
+    @classmethod
+    def of(cls, plan: Plan, layout: CallLayout) -> StagePlace:
+        """The place of a rank in a call."""
+        size = len(layout.team) // plan.stages
+        stage, index = divmod(layout.index, size)
+        own = layout.team[layout.index]
+        column = layout.team[index::size]
+        alike = [r for r, replica in enumerate(layout.replica) if replica == layout.replica[own]]
+        alike = [r for r in alike if layout.band[r] % size == index]
+        last = stage == plan.stages - 1
+        return cls(
+            stage=stage,
+            num_stages=plan.stages,
+            group=layout.team[stage * size : (stage + 1) * size],
+            index=index,
+            before=column[stage - 1] if stage else None,
+            after=None if last else column[stage + 1],
+            sources=tuple(r for r in alike if layout.band[r] // size == plan.stages - 1),
+            takers=tuple(r for r in alike if r != own) if last else (),
+        )
+
+    @property
+    def last(self) -> bool:
+        """Whether this rank is in the stage that predicts."""
+        return self.after is None
 
 
 @dataclass(frozen=True)

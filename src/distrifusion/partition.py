@@ -43,6 +43,16 @@ def token_intervals(num_tokens: int, num_owners: int) -> tuple[Interval, ...]:
     return split_evenly(num_tokens, num_owners)
 
 
+@lru_cache(maxsize=256)
+def piece_intervals(num_tokens: int, num_pieces: int, width: int) -> tuple[Interval, ...]:
+    """The tokens of one stream that each of some pieces has, cut between lines of `width` tokens.
+
+    Pieces then are bands of the picture, so that what a sampler does to a band can begin before the others are there.
+    """
+    lines = split_evenly(num_tokens // width, num_pieces)
+    return tuple(Interval(part.start * width, part.stop * width) for part in lines)
+
+
 @dataclass(frozen=True)
 class Level:
     """One resolution of the network and who owns which part of it.

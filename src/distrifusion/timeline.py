@@ -26,9 +26,9 @@ class Span(NamedTuple):
     Attributes:
         what: COMPUTE, WAIT or POST.
         kind: of the values that are posted or waited for: "kv", "halo", "norm", "parcel" (halos and norm statistics
-            of up to sixteen layers in one message), "hidden" (hidden states between components), "sum" and "part"
-            (outputs of layers whose weights are divided) or "exit" (the prediction, and levels that are too coarse to
-            cut); empty for COMPUTE.
+            of up to sixteen layers in one message), "hidden" (hidden states between components), "flow" (streams
+            between stages), "sum" and "part" (outputs of layers whose weights are divided) or "exit" (the prediction,
+            and levels that are too coarse to cut); empty for COMPUTE.
         layer: that asked for them; empty for COMPUTE.
         start, end: in nanoseconds, by the clock that all ranks share.
         peers: ranks that the values went to or came from.

@@ -54,6 +54,10 @@ class TokenRule:
         """All sites in the model's own order; raises UnsupportedModel naming a layer that has no rule."""
         return self._anatomy.sites(self._model)
 
+    def idle(self) -> list[nn.Module]:
+        """Every rank runs all of the model."""
+        return []
+
     def attach(self, sites: Sequence[Site], layers: Attachment) -> None:
         """Replace the forwards of the sites."""
         self._tokens.attach(sites, layers)

@@ -62,6 +62,30 @@ def test_a_call_sends_what_the_shapes_say_and_nothing_twice(word: str, formula: 
         assert sum(message.tensor.nbytes for message in sent.messages) == kv + exit
 
 
+@pytest.mark.parametrize("pieces", [2, 5])
+@pytest.mark.parametrize("num_stages", [2, 4])
+def test_what_flows_between_stages_is_the_tokens_once_however_deep_and_in_however_many_pieces(
+    num_stages: int, pieces: int
+) -> None:
+    model, x = FAMILIES["FLUX.1 dev"].make(), FAMILIES["FLUX.1 dev"].inputs(BATCH, 7, 5)
+    plan = Plan(stages=num_stages, pieces=pieces, late=True, warmup=0)
+    by_rank = traffic(model, plan, [x, moved(x), moved(x)])
+    for rank, sent in enumerate(by_rank):
+        last = rank == num_stages - 1
+        flow = 0 if last else BATCH * FP32 * (WORDS + TOKENS) * CHANNELS
+        exit = (num_stages - 1) * BATCH * FP32 * TOKENS * OUT if last else 0
+        assert {kind: num for kind, num in sent.by_kind.items() if num} == {
+            kind: num for kind, num in (("flow", flow), ("exit", exit)) if num
+        }
+
+
+def test_teams_that_do_the_same_meet_in_every_call() -> None:
+    """A cancelled run ends after the same step on every rank, because none can be a call ahead of another."""
+    model, x = FAMILIES["FLUX.1 dev"].make(), FAMILIES["FLUX.1 dev"].inputs(1, 7, 5)
+    for rank, sent in enumerate(traffic(model, Plan.parse("cfg2.pipe2.m3.w0"), [x, x, x])):
+        assert (rank + 2) % 4 in {message.peer for message in sent.messages}
+
+
 def test_the_first_call_tells_each_site_s_tokens_once() -> None:
     model, x = FAMILIES["FLUX.1 dev"].make(), FAMILIES["FLUX.1 dev"].inputs(BATCH, 7, 5)
     first, second = (traffic(model, Plan(ring=3), num * [x])[0] for num in (1, 2))

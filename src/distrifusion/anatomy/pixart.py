@@ -11,6 +11,7 @@ def anatomy(model: PixArtTransformer2DModel) -> TokenAnatomy:
     """Facts about a model: self-attention over the picture; attention to the text is each token's own."""
     return TokenAnatomy(
         cuts=(Cut("pos_embed", 0, dim=1),),
+        patchwise=True,
         joins=(Join("proj_out", dim=1),),
         attentions=("transformer_blocks.*.attn1",),
         refused={"attention_mask": "over picture positions cannot be cut"},

@@ -16,6 +16,7 @@ def anatomy(model: SD3Transformer2DModel) -> TokenAnatomy:
             Cut("context_embedder", 0, dim=1),
             Cut("", "block_controlnet_hidden_states", dim=1),
         ),
+        patchwise=True,
         joins=(Join("proj_out", dim=1),),
         attentions=("transformer_blocks.*.attn", *(["transformer_blocks.*.attn2"] if dual else [])),
     )

@@ -14,6 +14,7 @@ from diffusers.models.attention_processor import Attention
 from torch import nn
 
 from distrifusion.anatomy.base import LinkSite, Site
+from distrifusion.anatomy.blocks import BlockKind
 from distrifusion.anatomy.layers import check_call
 from distrifusion.errors import ConfigError, UnsupportedModel
 from distrifusion.nested import map_tensors
@@ -123,6 +124,8 @@ class TokenAnatomy:
         processors: class names of attention processors, beside the known ones, that call `scaled_dot_product_attention`
             once, on all tokens that they get.
         refused: arguments that have no rule, and why.
+        patchwise: up to where the picture's stream begins, each token is made of its own patch of the latents alone.
+        blocks: what the blocks give to the next, by class name, beside the known ones.
     """
 
     cuts: tuple[Cut, ...]
@@ -131,6 +134,8 @@ class TokenAnatomy:
     sample: str = "hidden_states"
     processors: tuple[str, ...] = ()
     refused: Mapping[str, str] = field(default_factory=dict)
+    blocks: Mapping[str, BlockKind] = field(default_factory=dict)
+    patchwise: bool = False
 
     def sites(self, model: nn.Module) -> list[Site]:
         """All sites in the model's own order; raises UnsupportedModel naming a layer that has no rule."""
@@ -173,6 +178,11 @@ class TokenAnatomy:
     def own_cuts(self) -> list[Cut]:
         """Cuts of the model's own arguments."""
         return [cut for cut in self.cuts if cut.module == ""]
+
+    @property
+    def local(self) -> bool:
+        """Whether a part of the tokens needs its own part of the latents alone."""
+        return self.patchwise or any(cut.tensor == self.sample for cut in self.own_cuts)
 
     def _check_attention(self, name: str, module: Any) -> None:
         """Refuse attention whose tokens may mix elsewhere than in one scaled_dot_product_attention."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from distrifusion.exchange.gathering import GatherBuffer
+from distrifusion.exchange.pieces import PieceBuffer
 from distrifusion.exchange.posted import Posted
 from distrifusion.exchange.relay import Relay
 from distrifusion.exchange.transport import Message, Transport
@@ -99,6 +100,7 @@ class CallState:
         calls: denoiser calls that have ended.
         times: timesteps of the last three calls that sent values, the latest last.
         drifted: the next call is to be synchronous, because kept values have moved too far.
+        pieces: keys and values of pieces that flow through a rank, by site.
     """
 
     calls: int = 0
@@ -107,6 +109,7 @@ class CallState:
     gathers: dict[str, GatherBuffer] = field(default_factory=dict)
     swaps: dict[str, Swapped] = field(default_factory=dict)
     relays: dict[str, Relay] = field(default_factory=dict)
+    pieces: dict[str, PieceBuffer] = field(default_factory=dict)
 
     def pack(self) -> None:
         """Put small values that still stand alone into parcels; names, not this order, say later which is which.
@@ -127,7 +130,7 @@ class CallState:
     def num_bytes(self) -> int:
         """Bytes of all values held."""
         alone = sum(swapped.num_bytes for swapped in self.swaps.values() if swapped.parcel is None)
-        return alone + sum(posted.num_bytes for posted in self.posted())
+        return alone + sum(held.num_bytes for held in (*self.posted(), *self.pieces.values()))
 
 
 class Pool:

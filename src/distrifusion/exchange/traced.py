@@ -16,7 +16,8 @@ class Noted(NamedTuple):
 
     Attributes:
         what: "post" or "wait".
-        kind: of the values: "kv", "halo", "norm", "parcel" (halos and statistics of several layers), "hidden", "exit".
+        kind: of the values: "kv", "halo", "norm", "parcel" (halos and statistics of several layers), "hidden", "flow",
+            "sum", "part" or "exit".
         name: of the value, as the exchange names it.
         peers: ranks that it went to or came from.
         sent, received: bytes of the messages.

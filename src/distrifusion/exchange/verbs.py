@@ -17,11 +17,13 @@ from distrifusion.errors import RankFailed, StepTimeout
 from distrifusion.exchange.borders import borders_of
 from distrifusion.exchange.gathering import AS_THEY_ARE, GatherBuffer, Sending, Weight
 from distrifusion.exchange.handles import Gathered, Halo, Shared, Swap, with_length
+from distrifusion.exchange.pieces import PieceBuffer
 from distrifusion.exchange.pool import CallState, Parcel, Swapped
 from distrifusion.exchange.posted import Posted, tag_of
 from distrifusion.exchange.relay import Parties, Relay
 from distrifusion.exchange.summing import SUM, Sum, Trade
 from distrifusion.exchange.transport import Message, Transport
+from distrifusion.exchange.underway import Underway
 from distrifusion.partition import Interval
 from distrifusion.plan import SiteKind
 
@@ -71,6 +73,7 @@ class Exchange:
 
     Attributes:
         posting: kind and name of what was posted last, which a trace reads.
+        underway: messages that outlast the call in which they were asked for.
         num_synchronous: calls in which no value of a call before was read.
     """
 
@@ -85,6 +88,7 @@ class Exchange:
         self._deferred: list[tuple[str, Posted]] = []
         self._drift: list[torch.Tensor] = []
         self._given: list[Relay] = []
+        self.underway = Underway()
 
     @property
     def team(self) -> tuple[int, ...]:
@@ -113,6 +117,7 @@ class Exchange:
                 if isinstance(posted, Parcel) and posted.started:
                     self._post("parcel", posted)
             state.calls += 1
+        self.underway.end_call()
 
     def keeps(self, *kinds: SiteKind) -> bool:
         """Whether values of one of these kinds are kept for a later call."""
@@ -193,6 +198,11 @@ class Exchange:
         outgoing = dict.fromkeys(shapes if takers is None else takers, own) if own.numel() else {}
         return self._swap(site, None, outgoing, {r: s for r, s in shapes.items() if s.numel()}, own)
 
+    def pieces(self, site: str) -> PieceBuffer | None:
+        """Where the request keeps keys and values of a site's pieces; None if it keeps nothing."""
+        state = self._policy.state
+        return None if state is None else state.pieces.setdefault(site, PieceBuffer())
+
     def swap(
         self,
         site: str,
@@ -202,7 +212,7 @@ class Exchange:
     ) -> Swap:
         """Give a tensor of its own to each of some ranks, and fill one from each of some: always fresh, never kept.
 
-        An all-to-all among a group, or one turn of a ring. Empty tensors do not travel.
+        An all-to-all among a group, one turn of a ring, or what flows on in the network. Empty tensors do not travel.
 
         Args:
             site: name of the asking layer.

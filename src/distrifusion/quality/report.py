@@ -48,6 +48,7 @@ _KINDS = {
     "hidden": "hidden states between components (hidden)",
     "sum": "partial sums of layers whose weights are divided (sum)",
     "part": "channels of outputs that each rank makes a part of (part)",
+    "flow": "what one part of the network gives to the next (flow)",
     "exit": "the prediction, and levels that are too coarse to cut (exit)",
 }
 

@@ -15,7 +15,7 @@ _BAR, _GAP, _AXIS, _LEGEND = 26, 6, 24, 22
 _NICE = (1, 2, 5, 10)
 # Waits that say what they are when the pointer is on them; all would make the page heavy.
 _NUM_TITLED = 40
-_KINDS = ("norm", "halo", "kv", "hidden", "sum", "part", "parcel", "exit")
+_KINDS = ("norm", "halo", "kv", "hidden", "flow", "sum", "part", "parcel", "exit")
 
 
 def typical_call(timeline: Timeline, mode: str) -> list[Call]:

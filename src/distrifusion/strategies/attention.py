@@ -11,6 +11,28 @@ import torch
 import torch.nn.functional as F
 
 from distrifusion.mesh import AttentionAxes
+from distrifusion.partition import Interval, piece_intervals, token_intervals
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One of the pieces of the tokens that flow through the network one after the other.
+
+    Attributes:
+        index: 0 to num - 1, in the order in which they flow.
+        num: pieces; one is the whole.
+        picture: number of tokens of the picture's stream; 0 where it is cut anywhere, as other streams are.
+        width: tokens of one line of the picture, between which it is cut.
+    """
+
+    index: int = 0
+    num: int = 1
+    picture: int = 0
+    width: int = 1
+
+    def of(self, num_tokens: int) -> Interval:
+        """Its part of a stream of so many tokens."""
+        return piece_intervals(num_tokens, self.num, self.width if num_tokens == self.picture else 1)[self.index]
 
 
 @dataclass(frozen=True)
@@ -22,12 +44,25 @@ class TokenStep:
         index: this rank's place in it.
         axes: the team as a grid of ways to attend.
         alone: attention sees the own tokens only.
+        piece: of all tokens, that the team shares now; None where nothing flows in pieces.
     """
 
     team: tuple[int, ...]
     index: int
     axes: AttentionAxes
     alone: bool = False
+    piece: Piece | None = None
+
+    @property
+    def num_parts(self) -> int:
+        """Parts into which a stream of tokens is cut."""
+        return len(self.team) * (self.piece.num if self.piece else 1)
+
+    def own(self, num_tokens: int) -> Interval:
+        """This rank's part, in this step, of a stream of so many tokens."""
+        shared = self.piece.of(num_tokens) if self.piece else Interval(0, num_tokens)
+        part = token_intervals(len(shared), len(self.team))[self.index]
+        return Interval(shared.start + part.start, shared.start + part.stop)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,6 @@ from distrifusion.errors import UnsupportedModel
 from distrifusion.exchange.handles import with_length
 from distrifusion.exchange.verbs import Exchange
 from distrifusion.nested import map_tensors
-from distrifusion.partition import token_intervals
 from distrifusion.strategies.attach import Attachment
 from distrifusion.strategies.attention import Attend, AttentionCall, TokenStep
 
@@ -70,6 +69,11 @@ class TokenStrategy:
         self._wholes.clear()
 
     @property
+    def fewest(self) -> int:
+        """Tokens of the shortest stream that was cut in this call."""
+        return min(self._wholes.values())
+
+    @property
     def step(self) -> TokenStep:
         """The call that the layers are in."""
         assert self._step is not None, "a layer that was cut ran outside a denoiser call"
@@ -77,15 +81,18 @@ class TokenStrategy:
 
     def cut(self, cut: Cut, value: Any) -> Any:
         """This rank's part of every tensor in a value that has all tokens; raises TooFewTokens."""
-        return map_tensors(value, partial(self._own_part, cut)) if len(self.step.team) > 1 else value
+        return map_tensors(value, partial(self._own_part, cut))
 
     def _own_part(self, cut: Cut, x: torch.Tensor) -> torch.Tensor:
         if cut.num_dims not in (None, x.dim()):
             return x
-        if x.shape[cut.dim] < len(self.step.team):
+        num_tokens = x.shape[cut.dim]
+        if num_tokens < self.step.num_parts:
             raise TooFewTokens
-        self._wholes[cut] = x.shape[cut.dim]
-        own = token_intervals(x.shape[cut.dim], len(self.step.team))[self.step.index]
+        self._wholes[cut] = num_tokens
+        if self.step.num_parts == 1:
+            return x
+        own = self.step.own(num_tokens)
         # A copy: a view would keep the whole alive as long as the part.
         return x.narrow(cut.dim, own.start, len(own)).contiguous()
 
@@ -105,18 +112,24 @@ class TokenStrategy:
         return type(output)(self.cut(site.cut, x) if i == site.cut.tensor else x for i, x in enumerate(output))
 
     def _join(self, site: JoinSite, forward: Forward, *args: Any, **kwargs: Any) -> torch.Tensor:
-        own = forward(*args, **kwargs)
-        team = self.step.team
-        if len(team) == 1:
+        return self.join(site, forward(*args, **kwargs))
+
+    def join(self, site: JoinSite, own: torch.Tensor) -> torch.Tensor:
+        """All tokens of the team, from each one's own."""
+        if len(self.step.team) == 1:
             return own
-        (lengths,) = self._lengths(site, own, own.shape[site.dim])
-        shapes = {rank: with_length(own.shape, site.dim, n) for rank, n in zip(team, lengths, strict=True)}
-        shapes.pop(team[self.step.index])
-        parts = {**self._exchange.collect(site.name, own, shapes).wait(), team[self.step.index]: own}
-        return torch.cat([parts[rank] for rank in team], site.dim)
+        (lengths,) = self.lengths(site, own, own.shape[site.dim])
+        return torch.cat(self._of_all(site.name, own, site.dim, lengths), site.dim)
+
+    def _of_all(self, name: str, own: torch.Tensor, dim: int, lengths: tuple[int, ...]) -> list[torch.Tensor]:
+        """Everybody's tensor, in the order of places, by its length in one dimension."""
+        team, rank = self.step.team, self.step.team[self.step.index]
+        shapes = {peer: with_length(own.shape, dim, n) for peer, n in zip(team, lengths, strict=True) if peer != rank}
+        parts = {**self._exchange.collect(name, own, shapes).wait(), rank: own}
+        return [parts[peer] for peer in team]
 
     def _attention(self, site: TokenAttentionSite, forward: Forward, *args: Any, **kwargs: Any) -> Any:
-        if len(self.step.team) == 1 or self.step.alone:
+        if (len(self.step.team) == 1 and self.step.piece is None) or self.step.alone:
             return forward(*args, **kwargs)
         with _AttentionCalls(partial(self._answer, site)) as calls:
             result = forward(*args, **kwargs)
@@ -145,7 +158,7 @@ class TokenStrategy:
             raise UnsupportedModel(
                 f"layer '{site.name}': attention that is causal, grouped or drops out has no rule for parts of tokens"
             )
-        queries, keys = self._lengths(site, query, query.shape[2], key.shape[2])
+        queries, keys = self.lengths(site, query, query.shape[2], key.shape[2])
         bias = None if attn_mask is None else self._bias(site, attn_mask, query, keys)
         return self._attend(self.step, AttentionCall(site.name, query, key, value, queries, keys, bias, scale))
 
@@ -159,14 +172,13 @@ class TokenStrategy:
         lowest = torch.finfo(query.dtype).min
         if mask.dtype == torch.bool:
             mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, lowest)
-        own = mask.to(query.dtype).clamp_min(lowest)[:, :, 0].transpose(1, 2)
-        (bias,) = self._exchange.gather(f"{site.name}.mask", None, (own,), lengths).wait()
-        return bias.transpose(1, 2).unsqueeze(2).contiguous()
+        own = mask.to(query.dtype).clamp_min(lowest)
+        return torch.cat(self._of_all(f"{site.name}.mask", own, 3, lengths), 3)
 
-    def _lengths(self, site: Site, like: torch.Tensor, *own: int) -> tuple[tuple[int, ...], ...]:
+    def lengths(self, site: Site, like: torch.Tensor, *own: int) -> tuple[tuple[int, ...], ...]:
         """For each of the own numbers of tokens, that of every place: told once for streams of the same lengths."""
         team, place = self.step.team, self.step.index
-        key = (site.name, team, tuple(self._wholes.items()))
+        key = (site.name, team, self.step.piece, tuple(self._wholes.items()))
         if key not in self._told:
             numbers = torch.tensor(own, device=like.device)
             others = {rank: numbers.shape for rank in team if rank != team[place]}

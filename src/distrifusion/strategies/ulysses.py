@@ -21,12 +21,13 @@ class UlyssesAttention:
 
     Args:
         exchange: this rank's.
-        ring: passes the keys of the other groups around; None if the group has all keys.
+        inner: attends with some heads to keys that the group does not have, such as those of other groups; None if the
+            group has all keys.
     """
 
-    def __init__(self, exchange: Exchange, ring: Attend | None = None) -> None:
+    def __init__(self, exchange: Exchange, inner: Attend | None = None) -> None:
         self._exchange = exchange
-        self._ring = ring
+        self._inner = inner
 
     def __call__(self, step: TokenStep, call: AttentionCall) -> torch.Tensor:
         """The result for the own queries."""
@@ -43,10 +44,10 @@ class UlyssesAttention:
             bias = bias[:, own.start : own.stop]
         if not len(own):
             result = torch.empty_like(query)
-        elif self._ring is None:
+        elif self._inner is None:
             result = attend(query, key, value, bias, call.scale)
         else:
-            result = self._ring(step, replace(call, query=query, key=key, value=value, bias=bias))
+            result = self._inner(step, replace(call, query=query, key=key, value=value, bias=bias))
         return self._tokens_for_heads(step, call, result, queries, heads)
 
     def _heads_for_tokens(

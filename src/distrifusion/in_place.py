@@ -22,6 +22,7 @@ from distrifusion.anatomy.vae import halves_of
 from distrifusion.autoencoder import Calls, ParallelCoder
 from distrifusion.denoiser import ParallelDenoiser
 from distrifusion.division import Division
+from distrifusion.engine.run import sampled
 from distrifusion.errors import ConfigError, PlanError, UnsupportedModel
 from distrifusion.exchange.meeting import transport_of
 from distrifusion.exchange.transport import Transport
@@ -304,8 +305,9 @@ def _parallel_class(base: type[DiffusionPipeline]) -> type[DiffusionPipeline]:
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
         parallel = _parallel_of(self)
         _refresh(self, parallel)
-        with request(self, parallel, args, kwargs):
-            result = base.__call__(self, *args, **callbacks_alone(parallel, kwargs))
+        plan, agree = parallel.denoisers[0].plan, parallel.transport.broadcast
+        with sampled(self, args, kwargs, plan, agree) as own, request(self, parallel, args, own):
+            result = base.__call__(self, *args, **callbacks_alone(parallel, own))
             return None if parallel.withheld and parallel.transport.rank > 0 else result
 
     def shared(encode: Callable[..., Any]) -> Callable[..., Any]:

@@ -90,7 +90,7 @@ class LoadedPipeline(ABC):
             try:
                 facts = self._facts()
                 arguments = call_checks.bind(facts, args, kwargs)
-                call_checks.check(facts, arguments)
+                call_checks.check(facts, arguments, self.plan)
                 ended = self._run(number, arguments, traced=self._timeline is not None)
             finally:
                 self.__dict__["_running"] = None

@@ -7,6 +7,7 @@ multilayer perceptron that predicts noise for Stable Diffusion's schedule; a ten
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -18,7 +19,8 @@ SIZE = 8
 NO_CLASS = 10
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
 _LARGE = 64
-_WIDTH = 384
+_WIDTH = 256
+_BATCH = 128
 
 
 def render(count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -70,7 +72,7 @@ class DigitDenoiser(nn.Module):
         return self.leave(hidden)
 
 
-def train(num_steps: int = 3000, seed: int = 0) -> DigitDenoiser:
+def train(num_steps: int = 2000, seed: int = 0) -> DigitDenoiser:
     """A trained network in double precision."""
     torch.manual_seed(seed)
     pictures, classes = render(6000)
@@ -79,11 +81,11 @@ def train(num_steps: int = 3000, seed: int = 0) -> DigitDenoiser:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_steps)
     for _ in range(num_steps):
-        chosen = torch.randint(len(pictures), (256,))
-        t = torch.randint(1000, (256,))
-        noise = torch.randn(256, SIZE * SIZE)
+        chosen = torch.randint(len(pictures), (_BATCH,))
+        t = torch.randint(1000, (_BATCH,))
+        noise = torch.randn(_BATCH, SIZE * SIZE)
         a = abar[t][:, None]
-        label = torch.where(torch.rand(256) < 0.1, NO_CLASS, classes[chosen])
+        label = torch.where(torch.rand(_BATCH) < 0.1, NO_CLASS, classes[chosen])
         loss = (model(a.sqrt() * pictures[chosen] + (1 - a).sqrt() * noise, t, label) - noise).square().mean()
         optimizer.zero_grad()
         loss.backward()
@@ -92,7 +94,7 @@ def train(num_steps: int = 3000, seed: int = 0) -> DigitDenoiser:
     return model.double().eval()
 
 
-def guided(model: DigitDenoiser, classes: Tensor, weight: float = 2.0) -> object:
+def guided(model: DigitDenoiser, classes: Tensor, weight: float = 2.0) -> Callable[[Tensor, Tensor], Tensor]:
     """The guided prediction for x [R, B, 64] at timesteps [R]; classes [B]."""
 
     @torch.no_grad()

@@ -10,18 +10,19 @@ import pytest
 import torch
 
 from distrifusion import Cancelled, load
-from distrifusion.errors import ConfigError, PlanError
+from distrifusion.errors import ConfigError
 from distrifusion.runtime.pipeline import LoadedPipeline
 from models import relative_error
 
 STEPS = 8
-PLACES = {"one device": (1, "patch1"), "two workers": (2, "dp2")}
 
 
-@pytest.fixture(scope="module", params=list(PLACES))
+@pytest.fixture(params=["one device", "two workers"])
 def pipe(sdxl_folder: Path, request: pytest.FixtureRequest) -> Iterator[LoadedPipeline]:
-    devices, plan = PLACES[request.param]
-    with load(sdxl_folder, devices=devices, plan=plan) as pipe:
+    if request.param == "two workers":
+        yield request.getfixturevalue("two")
+        return
+    with load(sdxl_folder, devices=1) as pipe:
         pipe.set_progress_bar_config(disable=True)
         yield pipe
 
@@ -55,7 +56,7 @@ def test_a_callback_hears_of_every_call_and_may_look_around(pipe: LoadedPipeline
 
 
 def test_it_is_cancelled_between_two_calls(pipe: LoadedPipeline, one: Any) -> None:
-    def cancel(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+    def cancel(_: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         if step == 1:
             pipe.cancel()
         return tensors
@@ -83,9 +84,3 @@ def test_bad_choices_are_errors_before_a_rank_begins(pipe: LoadedPipeline) -> No
     ):
         with pytest.raises(ConfigError, match=says):
             draw(pipe, **arguments)
-
-
-def test_a_displaced_plan_is_refused(sdxl_folder: Path) -> None:
-    with load(sdxl_folder, devices=2, plan="patch2.displaced.w0") as pipe:
-        with pytest.raises(PlanError, match="use 'patch2'"):
-            draw(pipe, sampler="taa")

@@ -2,10 +2,11 @@
 
     python benchmarks/parallel_in_time.py digits   # a network trained here, exact tables: a few minutes
     python benchmarks/parallel_in_time.py demo --steps 100 --seed 0    # the embedded model at 256 px; adds to its rows
+    python benchmarks/parallel_in_time.py displaced --bands 4 --seed 0    # bands with old values in a window; adds, too
     python benchmarks/parallel_in_time.py clock    # the embedded model on two ranks beside one
     python benchmarks/parallel_in_time.py plot     # distance against calls, from the rows of the first two
 
-Every kind writes its rows to benchmarks/results/parallel_NAME.json and prints its tables. Distances are relative (L2)
+A kind writes its rows to benchmarks/results/parallel_NAME.json and prints its tables. Distances are relative (L2)
 to the sequential sampler of the same scheduler, seed and noise. Counts do not depend on the machine.
 """
 
@@ -16,6 +17,7 @@ import json
 import platform
 import statistics
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -101,23 +103,59 @@ def _digit_case(
     return rows
 
 
-def demo_rows(num_steps: int, seed: int) -> list[Row]:
-    """The embedded model at 256x256 with guidance 5, DDIM; every call's estimate against the sequential sampler.
-
-    Rows of other numbers of steps and seeds are kept.
-    """
-    path = _RESULTS / "parallel_demo.json"
-    rows = load("demo")["rows"] if path.exists() else []
-    rows = [row for row in rows if (row["steps"], row["seed"]) != (num_steps, seed)]
+def demo_rows(num_steps: int, seed: int, windows: tuple[int, ...]) -> list[Row]:
+    """The embedded model at 256x256 with guidance 5, DDIM; every call's estimate against the sequential sampler."""
     pipe, prompt = _demo_pipeline(), _PROMPTS[seed]
     reference = _draw(pipe, prompt, seed, num_steps)
     picture = _decode(pipe, reference)
-    for window in (10, 20, 50, 100):
+    rows = []
+    for window in windows:
         for method in Method if window <= num_steps else ():
             row = _demo_case(pipe, prompt, seed, num_steps, window, method, reference, picture)
             print(row["method"], num_steps, window, row["calls"], row["rows"], flush=True)
             rows.append(row)
-    return sorted(rows, key=lambda row: (row["steps"], row["window"], row["method"], row["seed"]))
+    return rows
+
+
+def displaced_rows(num_steps: int, seed: int, bands: int) -> list[Row]:
+    """Displaced bands inside a window of all steps, beside displaced stepping, on virtual ranks; as for the demo."""
+    from fidelity import on_virtual_rank
+
+    from distrifusion import Plan
+    from distrifusion.exchange.transport import Transport
+    from distrifusion.exchange.virtual import VirtualWorld
+    from distrifusion.in_place import denoiser_of
+
+    pipe, prompt = _demo_pipeline(), _PROMPTS[seed]
+    reference = _draw(pipe, prompt, seed, num_steps)
+    picture = _decode(pipe, reference)
+    rows = []
+    ways = (
+        ("displaced.w4", {}),
+        ("displaced.w0", {"sampler": "picard", "tolerance": 1e-4}),
+        ("sync", {"sampler": "picard"}),
+    )
+    for policy, words in ways:
+        plan = Plan.parse(f"patch{bands}.{policy}")
+
+        def work(transport: Transport, plan: Plan = plan, words: Row = words) -> tuple[torch.Tensor, int, int]:
+            own = on_virtual_rank(pipe, plan, transport)
+            calls: list[int] = []
+            most = [0]
+
+            def count(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+                calls.append(step)
+                most[0] = max(most[0], denoiser_of(own).pool.num_bytes)
+                return tensors
+
+            return _draw(own, prompt, seed, num_steps, callback_on_step_end=count, **words), len(calls), most[0]
+
+        latents, calls, kept = VirtualWorld(plan.num_ranks).run(work)[0]
+        row = {"plan": str(plan), **words, "steps": num_steps, "seed": seed, "calls": calls, "bytes_kept": kept}
+        row |= {"distance": relative(latents, reference), "psnr": min(psnr(_decode(pipe, latents), picture), 99.0)}
+        print(row, flush=True)
+        rows.append(row)
+    return rows
 
 
 def _demo_pipeline() -> Any:
@@ -131,7 +169,10 @@ def _demo_pipeline() -> Any:
 def _draw(pipe: Any, prompt: str, seed: int, num_steps: int, **more: Any) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     arguments = {"prompt": prompt, "height": 256, "width": 256, "guidance_scale": 5.0, "output_type": "latent"}
-    with sampled(pipe, (), {**arguments, "num_inference_steps": num_steps, "generator": generator, **more}) as own:
+    arguments |= {"num_inference_steps": num_steps, "generator": generator, **more}
+    # A parallelized pipeline knows samplers itself.
+    plain = nullcontext(arguments) if hasattr(pipe, "_distrifusion") else sampled(pipe, (), arguments)
+    with plain as own:
         latents: torch.Tensor = pipe(**own).images
     return latents
 
@@ -259,6 +300,19 @@ def report_clock(rows: list[Row]) -> None:
         print(f"| `{key[0]}` | {sampler} | {own[0]['calls']} | {middle:.1f} ({span}) | {alone / middle:.2f}x |")
 
 
+def report_displaced(rows: list[Row]) -> None:
+    """Nearness, calls and memory of displaced bands, stepping and in a window."""
+    print("| plan | sampler | calls | PSNR | distance | MB kept per rank |")
+    print("|---|---|---|---|---|---|")
+    for key in dict.fromkeys((row["plan"], row.get("sampler", "step by step")) for row in rows):
+        own = [row for row in rows if (row["plan"], row.get("sampler", "step by step")) == key]
+        calls, decibels, kept = (
+            statistics.median(row[name] for row in own) for name in ("calls", "psnr", "bytes_kept")
+        )
+        away = max(row["distance"] for row in own)
+        print(f"| `{key[0]}` | {key[1]} | {calls:g} | {decibels:.1f} | {away:.0e} | {kept / 1e6:.0f} |")
+
+
 def plot() -> None:
     """Distance to the sequential sample after every call: digits by split and method, demo by window."""
     import matplotlib
@@ -297,7 +351,9 @@ def load(name: str) -> Row:
     return document
 
 
-REPORTS = {"digits": report_digits, "demo": report_demo, "clock": report_clock}
+REPORTS = {"digits": report_digits, "demo": report_demo, "displaced": report_displaced, "clock": report_clock}
+# What tells the rows of one invocation from those of another, which are kept.
+_PARTS = {"demo": ("steps", "window", "seed"), "displaced": ("plan", "sampler", "steps", "seed")}
 
 
 def report(document: Row) -> None:
@@ -308,23 +364,40 @@ def report(document: Row) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kind", choices=[*REPORTS, "plot"])
-    parser.add_argument("--steps", type=int, default=50, help="of the demo")
-    parser.add_argument("--seed", type=int, default=0, choices=range(len(_PROMPTS)), help="and prompt, of the demo")
+    parser.add_argument("--steps", type=int, default=50, help="of demo and displaced")
+    parser.add_argument("--seed", type=int, default=0, choices=range(len(_PROMPTS)), help="and prompt, of both")
+    parser.add_argument("--windows", default="10,20,50,100", help="of the demo")
+    parser.add_argument("--bands", type=int, default=2, help="of displaced")
     parser.add_argument("--repetitions", type=int, default=3, help="of the clock")
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.kind == "plot":
         plot()
         return
+    windows = tuple(int(window) for window in options.windows.split(","))
     rows = {
         "digits": digit_rows,
-        "demo": lambda: demo_rows(options.steps, options.seed),
+        "demo": lambda: demo_rows(options.steps, options.seed, windows),
+        "displaced": lambda: displaced_rows(options.steps, options.seed, options.bands),
         "clock": lambda: clock_rows(options.repetitions),
     }[options.kind]()
     versions = {"python": platform.python_version(), "torch": torch.__version__, "machine": platform.machine()}
-    document = {"options": {"parallel_in_time": options.kind}, "versions": versions, "rows": rows}
+    document = {"options": {"parallel_in_time": options.kind}, "versions": versions, "rows": merged(options.kind, rows)}
     (_RESULTS / f"parallel_{options.kind}.json").write_text(json.dumps(document, indent=1) + "\n")
     report(document)
+
+
+def merged(kind: str, rows: list[Row]) -> list[Row]:
+    """The rows with those of other invocations, for kinds that take several."""
+    if kind not in _PARTS or not (_RESULTS / f"parallel_{kind}.json").exists():
+        return rows
+
+    def part(row: Row) -> tuple[Any, ...]:
+        return tuple(row.get(name) for name in _PARTS[kind])
+
+    new = {part(row) for row in rows}
+    kept = [row for row in load(kind)["rows"] if part(row) not in new]
+    return sorted([*kept, *rows], key=lambda row: json.dumps([str(value).rjust(30) for value in part(row)]))
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ def test_a_sampler_says_how_many_calls_it_took(folder: Path, tmp_path: Path) -> 
     for more, says in (
         (("--scheduler", "heun"), "HeunDiscreteScheduler is not known as a map"),
         (("--window", "7"), "window=7 is more than the 6 steps"),
-        (("--plan", "patch2.displaced"), "or sampler='sequential'"),
+        (("--plan", "patch2.naive"), "or sampler='sequential'"),
     ):
         done = run(*words, *more, "-o", tmp_path / "b.png")
         assert done.exit_code == 2 and says in done.stderr and not (tmp_path / "b.png").exists()

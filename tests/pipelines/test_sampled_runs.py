@@ -185,7 +185,18 @@ def test_what_cannot_be_solved_together_is_refused_by_name() -> None:
         OneDevice(repainting)(prompt="a lake", sampler="taa")
 
 
-def test_a_plan_that_keeps_old_values_is_refused() -> None:
-    ranks = Ranks(unet_pipeline("sdxl", "ddim"), "cfg2.patch2.displaced.w0")
+@pytest.mark.parametrize("plan", ["patch2.displaced.w0", "cfg2.patch2.displaced.all.w0", "patch3.delta2"])
+def test_old_values_vanish_inside_a_window(plan: str) -> None:
+    pipe = unet_pipeline("sdxl", "ddim")
+    draw = partial(drawing, num_images_per_prompt=1, num_inference_steps=12)
+    expected = draw(own_copy(pipe))
+    ranks = Ranks(pipe, plan)
+    stepping = ranks.error(draw, expected)
+    settled = ranks.error(partial(draw, sampler="picard", tolerance=1e-6), expected)
+    assert settled <= 1e-4 and settled < stepping / 10
+
+
+def test_a_plan_that_never_exchanges_is_refused() -> None:
+    ranks = Ranks(unet_pipeline("sdxl", "ddim"), "cfg2.patch2.naive")
     with pytest.raises(PlanError, match=r"use 'cfg2\.patch2', or sampler='sequential'"):
         ranks.pipes[0](prompt="a lake", sampler="taa", **SMALL)

@@ -58,7 +58,7 @@ def sampled(
     named = inspect.signature(type(pipe).__call__).bind_partial(pipe, *args, **rest).arguments
     asked = {name: value for name, value in kwargs.items() if name in words.WORDS}
     words.check(type(pipe), plan, type(pipe.scheduler), {**named, **asked})
-    run = _Run(pipe, wish, facts_of(type(pipe)), named, agree)
+    run = _Run(pipe, words.for_plan(wish, plan), facts_of(type(pipe)), named, agree)
     before = pipe.scheduler
     replaced = Attachment()
     try:

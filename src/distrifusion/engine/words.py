@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from distrifusion.engine import pipelines
@@ -60,7 +60,7 @@ def check(cls: type, plan: Plan | None, scheduler: type | None, arguments: Mappi
 
     Raises:
         ConfigError: if the pipeline, its scheduler or an argument cannot go with it.
-        PlanError: if the plan keeps values from one call to the next.
+        PlanError: if the plan leaves values out for good.
     """
     wish, rest = take(arguments)
     if wish is None:
@@ -71,9 +71,9 @@ def check(cls: type, plan: Plan | None, scheduler: type | None, arguments: Mappi
         return
     if scheduler is not None:
         check_scheduler(scheduler)
-    if plan is not None and not plan.exact:
+    if plan is not None and (plan.naive or plan.frozen):
         raise PlanError(
-            f"plan '{plan}' uses values of the call before, which in a window of steps belong to other steps; use "
+            f"plan '{plan}' never exchanges what a window of steps would settle on; use "
             f"'{Plan(plan.dp, plan.cfg, plan.patch)}', or sampler='{SEQUENTIAL}'"
         )
     steps = rest.get("num_inference_steps")
@@ -81,6 +81,13 @@ def check(cls: type, plan: Plan | None, scheduler: type | None, arguments: Mappi
         wish.knobs.for_steps(steps)
         if wish.variation_steps is not None and wish.variation_steps > steps:
             raise ConfigError(f"variation_steps={wish.variation_steps} is more than the {steps} steps; use at most all")
+
+
+def for_plan(wish: SamplerWish, plan: Plan | None) -> SamplerWish:
+    """The wish on a plan: values that are one call old are to be of the same step, and are not trusted at once."""
+    if plan is None or plan.exact:
+        return wish
+    return replace(wish, knobs=replace(wish.knobs, hits=2, fixed=True))
 
 
 def _wish(given: dict[str, Any]) -> SamplerWish:

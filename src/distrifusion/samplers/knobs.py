@@ -41,6 +41,11 @@ class Knobs:
         safeguard: the first unsolved step and those before it are not accelerated, so that each call makes at least
             one step exact. Off only to show what it is for.
         max_calls: ends with the best estimate after so many denoiser calls; None never does.
+        hits: successive small residuals after which a step is solved. 2 where evaluations use values that are one call
+            old: a small residual may then be an old one, no call makes a step exact, and a run ends after as many calls
+            as there are steps.
+        fixed: a step's row has the same place in every call, so that what is kept for a place is that of the same step,
+            one call ago, but for rows that enter. Every call then has all rows of the window, solved ones too.
 
     Raises:
         ConfigError: on a value out of range.
@@ -55,11 +60,13 @@ class Knobs:
     regularisation: float = DEFAULT_REGULARISATION
     safeguard: bool = True
     max_calls: int | None = None
+    hits: int = 1
+    fixed: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("window", "order", "max_calls", "memory"):
+        for name in ("window", "order", "max_calls", "memory", "hits"):
             value = getattr(self, name)
-            if (value is not None or name == "memory") and (type(value) is not int or value < 1):
+            if (value is not None or name in ("memory", "hits")) and (type(value) is not int or value < 1):
                 raise ConfigError(f"{name}={value!r} must be a whole number of at least 1")
         for name in ("tolerance", "noise_tolerance", "regularisation"):
             value = getattr(self, name)
@@ -75,7 +82,7 @@ class Knobs:
         return TOLERANCES[self.split] if self.tolerance is None else self.tolerance
 
     def for_steps(self, num_steps: int) -> Knobs:
-        """The same with the window and order that None stands for.
+        """The same with the window, order and most calls that None stands for.
 
         Raises:
             ConfigError: if the window is larger than the number of steps, or the order than the window.
@@ -85,7 +92,8 @@ class Knobs:
         window = self.window or num_steps
         if self.order is not None and self.order > window:
             raise ConfigError(f"order={self.order} unrolls more steps than the window of {window} has; use at most it")
-        return replace(self, window=window, order=self.order or window)
+        most = self.max_calls or (num_steps if self.hits > 1 else None)
+        return replace(self, window=window, order=self.order or window, max_calls=most)
 
 
 def knobs_of(method: Method, **given: Any) -> Knobs:

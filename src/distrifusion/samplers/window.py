@@ -79,6 +79,7 @@ class _Window:
         self._states = self._first_states(x.to(self._exact), start)
         self._done = start.num_kept if start else 0
         self._data: torch.Tensor | None = None  # D of the step before the window
+        self._hits = torch.zeros(steps.num_steps, len(x), dtype=torch.long)
 
     def _first_states(self, x: torch.Tensor, start: Start | None) -> torch.Tensor:
         num = self._steps.num_steps
@@ -110,11 +111,13 @@ class _Window:
         estimate = self._states[-1].to(dtype)
         while self._done < num and calls != self._knobs.max_calls:
             inside = self._inside()
-            answers = yield Evaluations(self._inputs(inside).to(dtype), self._steps.timesteps[inside], estimate)
+            places = self._places(inside)
+            answers = yield Evaluations(self._inputs(places).to(dtype), self._steps.timesteps[places], estimate)
             if drawn is None:
                 drawn = _drawn(noise, self._steps, self._states, dtype)
-            estimate = self._move(inside, answers.to(self._exact), drawn).to(dtype)
-            calls, rows = calls + 1, rows + len(answers)
+            own = [places.index(step) for step in range(inside.start, inside.stop)]
+            estimate = self._move(inside, answers[own].to(self._exact), drawn).to(dtype)
+            calls, rows = calls + 1, rows + len(places)
         return Sample(estimate, self._states, calls, rows)
 
     def _inside(self) -> slice:
@@ -122,8 +125,18 @@ class _Window:
         assert self._knobs.window is not None, "see for_steps"
         return slice(self._done, min(self._done + self._knobs.window, self._steps.num_steps))
 
-    def _inputs(self, inside: slice) -> torch.Tensor:
-        return self._states[inside] / self._column(self._steps.input_scale[inside])
+    def _places(self, inside: slice) -> list[int]:
+        """The steps that are evaluated, in the order of a call's rows."""
+        if not self._knobs.fixed:
+            return list(range(inside.start, inside.stop))
+        window = self._knobs.window
+        assert window is not None, "see for_steps"
+        ahead = [inside.start + (place - inside.start) % window for place in range(window)]
+        # Behind the last step there is none, so the place keeps the one that it had.
+        return [step if step < inside.stop else step - window for step in ahead]
+
+    def _inputs(self, steps: list[int]) -> torch.Tensor:
+        return self._states[steps] / self._column(self._steps.input_scale[steps])
 
     def _column(self, numbers: torch.Tensor) -> torch.Tensor:
         """Numbers [W] that are to multiply states [W, B, ...]."""
@@ -134,7 +147,7 @@ class _Window:
         states, after = self._states[inside], slice(inside.start + 1, inside.stop + 1)
         data = self._predicted(inside, outputs)
         stepped = self._stepped(inside, data, drawn)
-        solved = self._agree(self._num_solved(after, stepped))
+        solved = self._agree(self._num_solved(inside, self._residuals(after, stepped)))
         linear = self._linear[inside]
         assert self._knobs.order is not None, "see for_steps"
         start, drives = unrolled(linear, self._knobs.order)
@@ -147,7 +160,8 @@ class _Window:
             now, self._steps.scale[after], torch.tensor(plain, device=states.device)
         )
         self._states[after] += residual if correction is None else residual - correction
-        self._advance(inside, data, min(min(solved) + 1, len(states)))
+        exact = 1 if self._knobs.hits == 1 else 0
+        self._advance(inside, data, min(min(solved) + exact, len(states)))
         return self._states[-1] if inside.stop == self._steps.num_steps else data[-1]
 
     def _predicted(self, inside: slice, outputs: torch.Tensor) -> torch.Tensor:
@@ -164,17 +178,23 @@ class _Window:
             stepped = stepped + self._column(steps.b_previous[inside]) * before
         return stepped + drawn[inside] if len(drawn) else stepped
 
-    def _num_solved(self, after: slice, stepped: torch.Tensor) -> list[int]:
-        """For every picture the steps from the window's first on whose residual is small."""
+    def _residuals(self, after: slice, stepped: torch.Tensor) -> torch.Tensor:
+        """How far each state is from one step after the state before it, against its size: [W, B]."""
         scale = self._steps.scale[after].to(stepped)
-        size = (stepped - self._states[after]).flatten(2).square().mean(-1).sqrt() / scale[:, None]
-        noise = self._steps.noise_size[after.start - 1 : after.stop - 1].to(size)
+        return (stepped - self._states[after]).flatten(2).square().mean(-1).sqrt() / scale[:, None]
+
+    def _num_solved(self, inside: slice, residuals: torch.Tensor) -> list[int]:
+        """For every picture the steps from the window's first on whose residuals are small."""
+        noise = self._steps.noise_size[inside].to(residuals)
         bound = (self._knobs.noise_tolerance * noise).clamp(min=self._knobs.bound)
         # A residual that is no number is not small.
-        small = (size <= bound[:, None]).long()
-        return [int(count) for count in small.cumprod(0).sum(0)]
+        small = (residuals <= bound[:, None]).long().cpu()
+        self._hits[inside] = (self._hits[inside] + 1) * small
+        return [int(count) for count in (self._hits[inside] >= self._knobs.hits).long().cumprod(0).sum(0)]
 
     def _advance(self, inside: slice, data: torch.Tensor, num: int) -> None:
+        if num == 0:
+            return
         self._data = data[num - 1 : num]
         self._done += num
         entering = slice(inside.stop + 1, self._inside().stop + 1)

@@ -17,7 +17,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 
 import fidelity
-import parallel_in_time
+import parallel_tables
 import speed
 import transformer_speed
 import vae
@@ -36,7 +36,7 @@ def table(name: str) -> str:
     printed = io.StringIO()
     with redirect_stdout(printed):
         if "parallel_in_time" in document["options"]:
-            parallel_in_time.report(document)
+            parallel_tables.report(document)
         elif "words" in document["options"]:
             transformer_speed.report(document["rows"], argparse.Namespace(**document["options"]))
         elif "bands" in document["options"]:

@@ -48,6 +48,8 @@ def parallelize(
     A ControlNet of the pipeline is divided too, and so is its VAE, always exactly and over all ranks, within a run;
     prompts are encoded by rank 0 for all. What a callback decodes or encodes, its rank does alone.
 
+    Its calls take `sampler=` and its choices besides (`engine/words.py`): many steps in each denoiser call.
+
     A pipeline that `from_pipe` made of this one shares its U-Net: call `parallelize` on it as well, with the same plan.
 
     Args:

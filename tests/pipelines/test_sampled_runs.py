@@ -14,7 +14,9 @@ from ranks import EXACT, Ranks, own_copy
 from transformer_families import PIPELINES
 
 from distrifusion.engine.run import sampled
-from distrifusion.errors import ConfigError, PlanError
+from distrifusion.errors import ConfigError, PlanError, PoolTooLarge
+from distrifusion.memory import check as memory_check
+from distrifusion.memory.prediction import pool_bytes
 from gloo.small_pipelines import SCHEDULERS, Call, sd_pipeline, sdxl_pipeline
 from models import relative_error
 
@@ -194,6 +196,20 @@ def test_old_values_vanish_inside_a_window(plan: str) -> None:
     stepping = ranks.error(draw, expected)
     settled = ranks.error(partial(draw, sampler="picard", tolerance=1e-6), expected)
     assert settled <= 1e-4 and settled < stepping / 10
+
+
+def test_what_a_window_keeps_is_limited_before_its_first_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks = Ranks(unet_pipeline("sdxl", "ddim"), "patch2.displaced.w0")
+    draw = partial(drawing, prompt="a calm lake", sampler="picard")
+    free = sum(
+        sum(pool_bytes(pipe.unet, ranks.plan, rank, (2, 4, 9, 7), torch.float32).values())
+        for rank, pipe in enumerate(ranks.pipes)
+    )
+    monkeypatch.setattr(memory_check, "free_bytes", lambda device, wanted: free)
+    ranks.draw(partial(draw, window=1))
+    with pytest.raises(PoolTooLarge) as error:
+        ranks.draw(partial(draw, window=6))
+    assert error.value.needed == 6 * free
 
 
 def test_a_plan_that_never_exchanges_is_refused() -> None:

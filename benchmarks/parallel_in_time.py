@@ -194,13 +194,14 @@ def _demo_case(
             if distances[-1] > 1e-3
             else 99.0
         )
-        counted["rows"] += len(tensors["noise_pred"])
         return tensors
 
-    _draw(
-        pipe, prompt, seed, num_steps, sampler=str(method), window=window, callback_on_step_end=look,
-        callback_on_step_end_tensor_inputs=["latents", "noise_pred"],
-    )  # fmt: skip
+    def count(layer: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        counted["rows"] += len(inputs[0]) // 2  # two branches of guidance
+
+    counting = pipe.unet.conv_in.register_forward_pre_hook(count)
+    _draw(pipe, prompt, seed, num_steps, sampler=str(method), window=window, callback_on_step_end=look)
+    counting.remove()
     row = {"steps": num_steps, "window": window, "method": str(method), "seed": seed, "calls": len(distances)}
     return {**row, **counted, "distances": distances, "psnr": decibels}
 

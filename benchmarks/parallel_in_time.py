@@ -99,8 +99,8 @@ def demo_rows(num_steps: int, seed: int, windows: tuple[int, ...]) -> list[Row]:
     for window in windows:
         for method in Method if window <= num_steps else ():
             row = _demo_case(pipe, prompt, seed, num_steps, window, method, reference, picture)
-            print(row["method"], num_steps, window, row["calls"], row["rows"], flush=True)
             rows.append(row)
+            write("demo", rows)  # every case takes a while
     return rows
 
 
@@ -140,8 +140,8 @@ def displaced_rows(num_steps: int, seed: int, bands: int) -> list[Row]:
         latents, calls, kept = VirtualWorld(plan.num_ranks).run(work)[0]
         row = {"plan": str(plan), **words, "steps": num_steps, "seed": seed, "calls": calls, "bytes_kept": kept}
         row |= {"distance": relative(latents, reference), "psnr": min(psnr(_decode(pipe, latents), picture), 99.0)}
-        print(row, flush=True)
         rows.append(row)
+        write("displaced", rows)
     return rows
 
 
@@ -252,10 +252,15 @@ def main() -> None:
         "displaced": lambda: displaced_rows(options.steps, options.seed, options.bands),
         "clock": lambda: clock_rows(options.repetitions),
     }[options.kind]()
+    report(write(options.kind, rows))
+
+
+def write(kind: str, rows: list[Row]) -> Row:
+    """Write the rows, with those of other invocations, and give the document."""
     versions = {"python": platform.python_version(), "torch": torch.__version__, "machine": platform.machine()}
-    document = {"options": {"parallel_in_time": options.kind}, "versions": versions, "rows": merged(options.kind, rows)}
-    (RESULTS / f"parallel_{options.kind}.json").write_text(json.dumps(document, indent=1) + "\n")
-    report(document)
+    document = {"options": {"parallel_in_time": kind}, "versions": versions, "rows": merged(kind, rows)}
+    (RESULTS / f"parallel_{kind}.json").write_text(json.dumps(document, indent=1) + "\n")
+    return document
 
 
 def merged(kind: str, rows: list[Row]) -> list[Row]:

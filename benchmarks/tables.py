@@ -17,6 +17,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 
 import fidelity
+import parallel_tables
 import speed
 import transformer_speed
 import vae
@@ -34,7 +35,9 @@ def table(name: str) -> str:
     document = json.loads((_RESULTS / name).read_text())
     printed = io.StringIO()
     with redirect_stdout(printed):
-        if "words" in document["options"]:
+        if "parallel_in_time" in document["options"]:
+            parallel_tables.report(document)
+        elif "words" in document["options"]:
             transformer_speed.report(document["rows"], argparse.Namespace(**document["options"]))
         elif "bands" in document["options"]:
             fidelity.report(document["rows"])

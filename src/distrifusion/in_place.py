@@ -22,6 +22,7 @@ from distrifusion.anatomy.vae import halves_of
 from distrifusion.autoencoder import Calls, ParallelCoder
 from distrifusion.denoiser import ParallelDenoiser
 from distrifusion.division import Division
+from distrifusion.engine.run import sampled
 from distrifusion.errors import ConfigError, PlanError, UnsupportedModel
 from distrifusion.exchange.meeting import transport_of
 from distrifusion.exchange.transport import Transport
@@ -46,6 +47,8 @@ def parallelize(
     rank 0: its global generators and the generators passed to the call are copied to the others at the start of a run.
     A ControlNet of the pipeline is divided too, and so is its VAE, always exactly and over all ranks, within a run;
     prompts are encoded by rank 0 for all. What a callback decodes or encodes, its rank does alone.
+
+    Its calls take `sampler=` and its choices besides (`engine/words.py`): many steps in each denoiser call.
 
     A pipeline that `from_pipe` made of this one shares its U-Net: call `parallelize` on it as well, with the same plan.
 
@@ -304,8 +307,9 @@ def _parallel_class(base: type[DiffusionPipeline]) -> type[DiffusionPipeline]:
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
         parallel = _parallel_of(self)
         _refresh(self, parallel)
-        with request(self, parallel, args, kwargs):
-            result = base.__call__(self, *args, **callbacks_alone(parallel, kwargs))
+        plan, agree = parallel.denoisers[0].plan, parallel.transport.broadcast
+        with sampled(self, args, kwargs, plan, agree) as own, request(self, parallel, args, own):
+            result = base.__call__(self, *args, **callbacks_alone(parallel, own))
             return None if parallel.withheld and parallel.transport.rank > 0 else result
 
     def shared(encode: Callable[..., Any]) -> Callable[..., Any]:

@@ -46,6 +46,21 @@ def test_one_device_in_this_process(folder: Path, tmp_path: Path) -> None:
     assert Image.open(out).size == (64, 64)
 
 
+def test_a_sampler_says_how_many_calls_it_took(folder: Path, tmp_path: Path) -> None:
+    words = ("run", folder, "-p", "a", "-d", "cpu", "--steps", "6", "--seed", "7", "--sampler", "picard")
+    done = run(*words, "--window", "3", "--tolerance", "1e-4", "-o", tmp_path / "a.png")
+    assert done.exit_code == 0, done.stderr
+    calls = re.match(r"patch1 on 1 CPU process: \S+ s per call, (\d) calls, \S+ s in all", done.stdout)
+    assert calls is not None and 2 <= int(calls[1]) <= 6
+    for more, says in (
+        (("--scheduler", "heun"), "HeunDiscreteScheduler is not known as a map"),
+        (("--window", "7"), "window=7 is more than the 6 steps"),
+        (("--plan", "patch2.naive"), "or sampler='sequential'"),
+    ):
+        done = run(*words, *more, "-o", tmp_path / "b.png")
+        assert done.exit_code == 2 and says in done.stderr and not (tmp_path / "b.png").exists()
+
+
 def test_the_answer_as_json(folder: Path, tmp_path: Path) -> None:
     done = run("run", folder, "-p", "a", "--steps", "2", "--seed", "7", "-o", tmp_path / "a.png", "--format", "json",
                "--trace", tmp_path / "t.json")  # fmt: skip

@@ -10,6 +10,7 @@ from distrifusion.cli import options
 from distrifusion.errors import ConfigError
 
 if TYPE_CHECKING:
+    from distrifusion.plan import Plan
     from distrifusion.runtime.devices import DeviceSpec
 
 _DEMO_SIZE = (512, 512)
@@ -44,8 +45,23 @@ class Wish:
         arguments = {name: value for name, value in given.items() if value is not None}
         facts = source.find(self.model, {}).facts
         if facts is not None:
-            call_checks.check(facts, call_checks.bind(facts, (), arguments))
+            call_checks.check(facts, call_checks.bind(facts, (), arguments), self._wanted_plan())
+            self._check_scheduler(facts.cls, arguments)
         return arguments
+
+    def _wanted_plan(self) -> Plan | None:
+        from distrifusion.plan import Plan
+
+        return None if self.plan is None else Plan.parse(self.plan)
+
+    def _check_scheduler(self, cls: type, arguments: dict[str, Any]) -> None:
+        """Check that the typed scheduler can serve the typed sampler."""
+        import diffusers
+
+        from distrifusion.engine import words
+
+        name = self.scheduler_class()
+        words.check(cls, None, None if name is None else getattr(diffusers, name), arguments)
 
     def device_spec(self) -> DeviceSpec:
         """What `load` takes as devices.

@@ -92,6 +92,37 @@ Scheduler = Annotated[
         rich_help_panel=PICTURE,
     ),
 ]
+Sampler = Annotated[
+    str | None,
+    typer.Option(
+        "--sampler",
+        metavar="NAME",
+        help="Solve many steps at once, for idle devices: picard (few devices) or taa (many). The picture is that of "
+        r"the scheduler, to a tolerance. [dim]\[default: one step after the other][/dim]",
+        show_default=False,
+        rich_help_panel=PICTURE,
+    ),
+]
+Window = Annotated[
+    int | None,
+    typer.Option(
+        "--window",
+        metavar="N",
+        help=r"Of --sampler: steps that are solved at once. [dim]\[default: all][/dim]",
+        show_default=False,
+        rich_help_panel=PICTURE,
+    ),
+]
+Tolerance = Annotated[
+    float | None,
+    typer.Option(
+        "--tolerance",
+        metavar="X",
+        help=r"Of --sampler: how exactly a step is solved. [dim]\[default: 3e-5, which leaves about 1e-3][/dim]",
+        show_default=False,
+        rich_help_panel=PICTURE,
+    ),
+]
 Dtype = Annotated[
     str,
     typer.Option("--dtype", metavar="NAME", help=f"Of the weights: {', '.join(DTYPES)}.", rich_help_panel=PICTURE),

@@ -91,6 +91,9 @@ def run(
         ),
     ] = None,
     scheduler: options.Scheduler = None,
+    sampler: options.Sampler = None,
+    window: options.Window = None,
+    tolerance: options.Tolerance = None,
     dtype: options.Dtype = "float32",
     devices: options.Devices = None,
     plan: Annotated[
@@ -152,6 +155,9 @@ def run(
         "negative_prompt": negative_prompt,
         "num_inference_steps": steps,
         "guidance_scale": guidance,
+        "sampler": sampler,
+        "window": window,
+        "tolerance": tolerance,
     }
     with spoken_errors():
         order = Order(
@@ -193,7 +199,11 @@ class Order:
 
 @dataclass(frozen=True)
 class Drawn:
-    """A picture and how it came out: plan, devices, seconds per step and in all; what the ranks did, if traced."""
+    """A picture and how it came out: plan, devices, seconds per step and in all; what the ranks did, if traced.
+
+    Attributes:
+        calls: denoiser calls of a sampler that solves steps together, where a step is a call; None otherwise.
+    """
 
     picture: Image
     plan: str
@@ -201,9 +211,11 @@ class Drawn:
     per_step: float
     total: float
     timeline: Timeline | None
+    calls: int | None = None
 
     def __str__(self) -> str:
-        return f"{self.plan} on {self.devices}: {self.per_step:.3g} s per step, {self.total:.3g} s in all"
+        step = "step" if self.calls is None else f"call, {self.calls} calls"
+        return f"{self.plan} on {self.devices}: {self.per_step:.3g} s per {step}, {self.total:.3g} s in all"
 
     def as_dict(self) -> dict[str, Any]:
         """The figures for JSON."""
@@ -212,6 +224,7 @@ class Drawn:
             "devices": self.devices,
             "seconds_per_step": self.per_step,
             "seconds": self.total,
+            **({} if self.calls is None else {"calls": self.calls}),
         }
 
 
@@ -248,6 +261,7 @@ class Comparison:
 def _draw(order: Order, out: Path, compare: bool, answer: options.Format) -> None:
     # Torch and diffusers take seconds to import; `--help` and a wrong option do not wait for them.
     quiet_libraries()
+    from distrifusion.engine.words import WORDS
     from distrifusion.loading import load
     from distrifusion.timeline import check_trace_path
 
@@ -280,7 +294,8 @@ def _draw(order: Order, out: Path, compare: bool, answer: options.Format) -> Non
     comparison = None
     if compare:
         with load(source, [where[0]], threads=threads, **keywords) as pipe:
-            alone = _once(pipe, order, arguments, "1 device", first=False)
+            plain = {name: value for name, value in arguments.items() if name not in WORDS}
+            alone = _once(pipe, order, plain, "1 device", first=False)
         comparison = _compare(drawn, alone, out)
     if as_json:
         more = {"compared": comparison.as_dict()} if comparison else {}
@@ -312,7 +327,8 @@ def _once(pipe: LoadedPipeline, order: Order, arguments: dict[str, Any], label: 
     times = pipe.last_run
     assert times is not None
     where = devices_in_words(pipe.devices, pipe.threads)
-    return Drawn(picture, str(pipe.plan), where, times.seconds_per_step, times.total, timeline)
+    calls = len(times.steps) if arguments.get("sampler") else None
+    return Drawn(picture, str(pipe.plan), where, times.seconds_per_step, times.total, timeline, calls)
 
 
 def _compare(drawn: Drawn, alone: Drawn, out: Path) -> Comparison:

@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 
+from distrifusion.engine import words
 from distrifusion.errors import ConfigError
+from distrifusion.plan import Plan
 from distrifusion.runtime.source import PipelineFacts, takes_step_callback
 
 # diffusers' check_inputs asks for it whatever the VAE.
@@ -34,8 +36,8 @@ def bind(facts: PipelineFacts, args: tuple[Any, ...], kwargs: Mapping[str, Any])
                 else f"{facts.cls.__name__} has no other; leave it out"
             )
             raise ConfigError(f"{name}= is deprecated in diffusers and not served here; {new}")
-        if name not in parameters:
-            near = difflib.get_close_matches(name, parameters, n=1)
+        if name not in parameters and name not in words.WORDS:
+            near = difflib.get_close_matches(name, (*parameters, *words.WORDS), n=1)
             hint = f"did you mean {near[0]}=?" if near else f"it takes {', '.join(parameters)}"
             raise ConfigError(f"{facts.cls.__name__} takes no argument {name}=; {hint}")
     if len(args) > len(parameters):
@@ -46,10 +48,16 @@ def bind(facts: PipelineFacts, args: tuple[Any, ...], kwargs: Mapping[str, Any])
     return {**named, **kwargs}
 
 
-def check(facts: PipelineFacts, arguments: Mapping[str, Any]) -> None:
+def check(facts: PipelineFacts, arguments: Mapping[str, Any], plan: Plan | None = None) -> None:
     """Check values that would fail only after minutes of text encoding and weights, or fail unclearly.
 
+    Args:
+        facts: of the pipeline.
+        arguments: of its call, by name.
+        plan: by which it is divided; None where that is not known yet.
+
     Raises:
+        PlanError: if the call names a sampler that the plan cannot serve.
         ConfigError: on a count below 1, a guidance that is no number, or a size that the pipeline cannot draw (the
             nearest that it can is named).
     """
@@ -57,6 +65,7 @@ def check(facts: PipelineFacts, arguments: Mapping[str, Any]) -> None:
         value = arguments.get(name)
         if name in arguments and value is not None and (not _is_int(value) or value < 1):
             raise ConfigError(f"{name}={value!r} must be a whole number of at least 1")
+    words.check(facts.cls, plan, None, arguments)
     guidance = arguments.get("guidance_scale")
     if isinstance(guidance, float) and not math.isfinite(guidance):
         raise ConfigError(f"guidance_scale={guidance!r} must be a finite number")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import itertools
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch.distributed as dist
 from diffusers import DiffusionPipeline
 from torch.distributed.distributed_c10d import _get_default_store
 
+from distrifusion.engine.run import sampled
 from distrifusion.errors import ConfigError
 from distrifusion.plan import Plan
 from distrifusion.runtime import attributes, source
@@ -56,8 +57,8 @@ class InProcessPipeline(LoadedPipeline):
         self._boundaries.begin(number)
         followed = _followed(type(self._pipe), arguments, clock, self._boundaries)
         try:
-            with _threads(self.threads), tracer or nullcontext():
-                output = self._pipe(**{**arguments, **followed})
+            with _threads(self.threads), tracer or nullcontext(), self._sampled({**arguments, **followed}) as own:
+                output = self._pipe(**own)
         except Exception as error:
             short = typed(error, self.rank, self._boundaries.step)
             if short is error:
@@ -65,6 +66,11 @@ class InProcessPipeline(LoadedPipeline):
             raise short from error
         times = clock.times()
         return EndedRun(output, times, tracer.collect() if tracer else [])
+
+    def _sampled(self, arguments: dict[str, Any]) -> AbstractContextManager[dict[str, Any]]:
+        """The arguments for the pipeline itself, whose loop serves a sampler if they ask for one."""
+        divided = self.plan.num_ranks > 1  # then the pipeline sees to it
+        return nullcontext(arguments) if divided else sampled(self._pipe, (), arguments)
 
     def _cancel(self, number: int) -> None:
         self._agreement.cancel(number)

@@ -75,7 +75,8 @@ class LoadedPipeline(ABC):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Draw, with the arguments of the diffusers pipeline and its output.
 
-        `callback_on_step_end` runs in the caller's process; what it changes holds on every rank.
+        `callback_on_step_end` runs in the caller's process; what it changes holds on every rank. `sampler=` and its
+        choices (`engine/words.py`) are taken besides: many steps are then solved in each denoiser call.
 
         Raises:
             ConfigError: if an argument is unknown or cannot work; the nearest that works is named.
@@ -90,7 +91,7 @@ class LoadedPipeline(ABC):
             try:
                 facts = self._facts()
                 arguments = call_checks.bind(facts, args, kwargs)
-                call_checks.check(facts, arguments)
+                call_checks.check(facts, arguments, self.plan)
                 ended = self._run(number, arguments, traced=self._timeline is not None)
             finally:
                 self.__dict__["_running"] = None

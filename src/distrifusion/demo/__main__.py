@@ -1,4 +1,4 @@
-"""Command line of the demo model: ``python -m distrifusion.demo {train,evaluate,render}``."""
+"""Command line of the demo models: ``python -m distrifusion.demo {train,evaluate,render}``."""
 
 import argparse
 import json
@@ -32,6 +32,12 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=4620, help="steps of the U-Net (default %(default)s)")
     parser.add_argument("--vae-steps", type=int, default=2450, help="steps of the autoencoder (default %(default)s)")
     parser.add_argument("--decoder-steps", type=int, default=1850, help="steps that refine its decoder (%(default)s)")
+    parser.add_argument(
+        "--transformer-steps", type=int, default=6000, help="steps of demo-dit's denoiser (default %(default)s)"
+    )
+    parser.add_argument(
+        "--shared", type=Path, metavar="PIPELINE", help="make only demo-dit, with the parts of this first pipeline"
+    )
     parser.add_argument("--processes", type=int, default=2, help="use 1 on a GPU (default %(default)s)")
     parser.set_defaults(run=_train)
 
@@ -55,10 +61,17 @@ def _add_render(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_render)
 
 
-def _train(minutes: float | None, steps: int, **options: Any) -> None:
-    from distrifusion.demo.stages import train
+def _train(
+    minutes: float | None,
+    steps: int,
+    vae_steps: int,
+    decoder_steps: int,
+    transformer_steps: int,
+    **options: Any,
+) -> None:
+    from distrifusion.demo.stages import Lengths, train
 
-    train(steps=None if minutes else steps, minutes=minutes, **options)
+    train(lengths=Lengths(vae_steps, steps, minutes, decoder_steps, transformer_steps), **options)
 
 
 def _evaluate(grid: Path | None, pipeline: Path, **options: Any) -> None:

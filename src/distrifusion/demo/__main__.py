@@ -43,10 +43,11 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_evaluate(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--pipeline", type=Path, default=demo.path(), help="pipeline folder (default: the shipped one)")
+    parser.add_argument("--model", choices=tuple(demo.MODELS), default="demo", help="(default %(default)s)")
+    parser.add_argument("--pipeline", type=Path, help="another pipeline folder than the model's")
     parser.add_argument("--count", type=int, default=256, help="pictures (default %(default)s)")
     parser.add_argument("--size", type=_size, default=(256, 256), help="WIDTHxHEIGHT (default 256x256)")
-    parser.add_argument("--sampler", choices=("ddim", "dpm++"), default="dpm++")
+    parser.add_argument("--sampler", help="demo: dpm++ (default) or ddim; demo-dit: euler")
     parser.add_argument("--steps", type=int, default=25, help="denoising steps (default %(default)s)")
     parser.add_argument("--guidance", type=float, default=5.0, help="guidance scale (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
@@ -74,10 +75,10 @@ def _train(
     train(lengths=Lengths(vae_steps, steps, minutes, decoder_steps, transformer_steps), **options)
 
 
-def _evaluate(grid: Path | None, pipeline: Path, **options: Any) -> None:
+def _evaluate(grid: Path | None, model: str, pipeline: Path | None, **options: Any) -> None:
     from distrifusion.demo.evaluate import evaluate, save_grid
 
-    report, images, prompts = evaluate(pipeline, **options)
+    report, images, prompts = evaluate(pipeline or demo.path(model), **options)
     if grid is not None:
         save_grid(images[:48], grid)
         for prompt in prompts[:48]:

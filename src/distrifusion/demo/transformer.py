@@ -149,9 +149,7 @@ def _t5_tokens(rng: np.random.Generator) -> int:
     return T5_TOKENS if rng.random() >= OTHER_LENGTHS else int(2 ** rng.uniform(0, 9))
 
 
-def flow_loss(
-    model: SD3Transformer2DModel, x: Tensor, text: tuple[Tensor, Tensor], rng: np.random.Generator
-) -> Tensor:
+def flow_loss(model: SD3Transformer2DModel, x: Tensor, text: tuple[Tensor, Tensor], rng: np.random.Generator) -> Tensor:
     """Squared error of the velocity e - x at (1 - s) x + s e (Liu et al. 2023; Esser et al. 2024, section 2).
 
     ``x``: clean latents (B, 4, H, W). The model is told 1000 s, as by the sampler.

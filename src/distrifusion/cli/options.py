@@ -65,7 +65,8 @@ Size = Annotated[
     typer.Option(
         "--size",
         metavar="WIDTHxHEIGHT",
-        help=r"In pixels, multiples of 8. [dim]\[default: the model's own; 512x512 for demo, 256x256 for demo-dit][/dim]",
+        help="In pixels, multiples of 8. "
+        r"[dim]\[default: the model's own; 512x512 for demo, 256x256 for demo-dit][/dim]",
         show_default=False,
         rich_help_panel=PICTURE,
     ),

@@ -1,8 +1,8 @@
 """Joint attention in which one text token stands for many equal ones.
 
-Without T5, ``StableDiffusion3Pipeline`` ends its text with 256 tokens of zeros. SD3 gives text no positions, so they stay
-equal to each other in every layer, and a softmax over n equal keys is one over a single key whose logit is larger by
-log(n). Training carries one such token instead of 256, with the same result.
+Without T5, ``StableDiffusion3Pipeline`` ends its text with 256 tokens of zeros. SD3 gives text no positions, so they
+stay equal to each other in every layer, and a softmax over n equal keys is one over a single key whose logit is larger
+by log(n). Training carries one such token instead of 256, with the same result.
 
 Legend: B samples, N picture tokens, L text tokens, C channels, S = N + L, h heads.
 """

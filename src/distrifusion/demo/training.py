@@ -1,4 +1,4 @@
-"""The training loop of every stage: bf16 autocast, AdamW and Muon, warm-up and linear decay, EMA, checkpoints, a log."""
+"""The training loop of every stage: bf16 autocast, AdamW, Muon, warm-up and linear decay, EMA, checkpoints, a log."""
 
 import json
 import os

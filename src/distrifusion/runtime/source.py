@@ -99,9 +99,10 @@ def find(source: object, keywords: Mapping[str, Any]) -> Source:
     if callable(source) and not isinstance(source, diffusers.DiffusionPipeline):
         return _from_factory(source, keywords)
     if not isinstance(source, str | os.PathLike):
+        embedded = ", ".join(f"'{model}'" for model in demo.MODELS)
         raise ConfigError(
-            f"a {type(source).__name__} cannot be loaded: give a hub id, a folder, '{"', '".join(demo.MODELS)}', or a "
-            "function that returns the pipeline; to divide a pipeline that is open, see distrifusion.parallelize"
+            f"a {type(source).__name__} cannot be loaded: give a hub id, a folder, {embedded}, or a function that returns "
+            "the pipeline; to divide a pipeline that is open, see distrifusion.parallelize"
         )
     name = os.fspath(source)
     if name in demo.MODELS:

@@ -101,8 +101,8 @@ def find(source: object, keywords: Mapping[str, Any]) -> Source:
     if not isinstance(source, str | os.PathLike):
         embedded = ", ".join(f"'{model}'" for model in demo.MODELS)
         raise ConfigError(
-            f"a {type(source).__name__} cannot be loaded: give a hub id, a folder, {embedded}, or a function that returns "
-            "the pipeline; to divide a pipeline that is open, see distrifusion.parallelize"
+            f"a {type(source).__name__} cannot be loaded: give a hub id, a folder, {embedded}, or a function that "
+            "returns the pipeline; to divide a pipeline that is open, see distrifusion.parallelize"
         )
     name = os.fspath(source)
     if name in demo.MODELS:

@@ -9,6 +9,7 @@ from distrifusion.demo.autoencoder import refine_decoder, train_autoencoder
 from distrifusion.demo.classifier import train_classifier
 from distrifusion.demo.dataset import render_pictures
 from distrifusion.demo.denoiser import train_unet
+from distrifusion.demo.evaluate import evaluate, save_grid
 from distrifusion.demo.folder import export_flow_pipeline, export_pipeline
 from distrifusion.demo.latents import encode_latents
 from distrifusion.demo.processes import keep_freed_memory, run_in_processes
@@ -36,7 +37,8 @@ def train(out: Path, lengths: Lengths, processes: int, shared: Path | None = Non
     """Make everything from nothing: ``out/pipeline``, ``out/pipeline_dit`` and ``out/classifier.safetensors``.
 
     ``shared`` is a finished folder of the first pipeline: only the second one is made then, with its autoencoder and
-    text encoders. The log is ``out/training_log.jsonl``; renders, latents and checkpoints lie in ``out/cache``.
+    text encoders. At the end it draws 128 pictures; what the classifier reads in them is the log's last line. The log
+    is ``out/training_log.jsonl``; renders, latents and checkpoints lie in ``out/cache``.
     """
     torch.set_num_threads(processes)
     keep_freed_memory()
@@ -51,6 +53,9 @@ def train(out: Path, lengths: Lengths, processes: int, shared: Path | None = Non
         schedule = Schedule(2e-3, steps=lengths.transformer, ema=0.999, decay=0.4)
         run_in_processes(processes, train_transformer, shared, cache, out / "transformer", schedule, log)
     export_flow_pipeline(shared, out / "transformer", out / "pipeline_dit")
+    report, images, _ = evaluate(out / "pipeline_dit", 128, (256, 256), sampler=None, steps=28, guidance=5.0)
+    save_grid(images[:48], out / "grid_dit.webp")
+    log.write(stage="transformer", **report.as_dict())
 
 
 def _train_first(out: Path, cache: Path, lengths: Lengths, processes: int, log: TrainingLog) -> None:

@@ -33,7 +33,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vae-steps", type=int, default=2450, help="steps of the autoencoder (default %(default)s)")
     parser.add_argument("--decoder-steps", type=int, default=1850, help="steps that refine its decoder (%(default)s)")
     parser.add_argument(
-        "--transformer-steps", type=int, default=3800, help="steps of demo-dit's denoiser (default %(default)s)"
+        "--transformer-steps", type=int, default=3250, help="steps of demo-dit's denoiser (default %(default)s)"
     )
     parser.add_argument(
         "--shared", type=Path, metavar="PIPELINE", help="make only demo-dit, with the parts of this first pipeline"

@@ -31,7 +31,7 @@ OTHER_LENGTHS = 0.25
 DROP_CAPTION = 0.10
 UNIFORM_TIMES = 0.2
 """Share of samples at uniform times; the others are logit-normal (Esser et al. 2024, section 3.1)."""
-SMALL_SHARE = 0.55
+SMALL_SHARE = 0.64
 """Share of the steps that is trained on small pictures, at the beginning: a step of these costs a quarter."""
 SMALL = (Portion((128, 128), 32, 1.0),)
 PORTIONS = (

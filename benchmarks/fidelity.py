@@ -1,7 +1,8 @@
-"""How far plans are from one device on the embedded model: PSNR, attributes, Frechet distance.
+"""How far plans are from one device on an embedded model: PSNR, attributes, Frechet distance.
 
     python benchmarks/fidelity.py --bands 2,4,8 --pictures 16 --processes 2 --out benchmarks/results/fidelity.json
     python benchmarks/fidelity.py --bands 2,4 --pictures 4 --size 256 --every-mixture --out stale_kinds.json
+    python benchmarks/fidelity.py --model demo-dit --steps 28 --variants displaced,displaced.forecast --out dit.json
 
 The ranks are virtual (threads of one process), so any number of bands can be measured on any machine; the values are
 those of real ranks, the times are not and are not kept. PSNR is of the decoded picture against one device, same seed.
@@ -24,10 +25,9 @@ import diffusers
 import numpy as np
 import torch
 import torch.multiprocessing as mp
-from diffusers import DDIMScheduler, StableDiffusionXLPipeline
+from diffusers import DiffusionPipeline
 from PIL import Image
 
-import distrifusion.demo
 from distrifusion import Plan, parallelize
 from distrifusion.demo import classifier
 from distrifusion.demo.dataset import sample_scenes
@@ -37,6 +37,7 @@ from distrifusion.exchange.virtual import VirtualWorld
 from distrifusion.in_place import denoiser_of
 from distrifusion.plan import ALL_KINDS, SiteKind
 from distrifusion.quality.metrics import psnr
+from distrifusion.runtime import source
 
 VARIANTS = {
     "all stale, corrected norms (published)": "displaced.all",
@@ -56,6 +57,8 @@ VARIANTS = {
     "naive patches": "naive",
 }
 ONE_DEVICE = "one device"
+# Texts of the other encoders, which SD3 wants to be told: the prompt itself.
+_OTHER_TEXTS = {"demo": {}, "demo-dit": {"prompt_2": None, "prompt_3": None}}
 _ENCODED = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
 
 
@@ -81,17 +84,18 @@ def prompts(count: int) -> list[tuple[Scene, str]]:
     return [(scene, compose_caption(scene.attributes(), rng)) for scene in sample_scenes(count, seed=3_000_000)]
 
 
-def on_virtual_rank(pipe: StableDiffusionXLPipeline, plan: Plan, transport: Transport) -> StableDiffusionXLPipeline:
+def on_virtual_rank(pipe: DiffusionPipeline, plan: Plan, transport: Transport) -> DiffusionPipeline:
     """A pipeline of this rank's own that shares its weights with the others."""
-    divided = (pipe.unet, pipe.vae)
+    denoiser = "unet" if "unet" in pipe.components else "transformer"
+    divided = (getattr(pipe, denoiser), pipe.vae)
     weights = {id(t): t for model in divided for t in (*model.parameters(), *model.buffers())}
-    unet, vae, scheduler = (copy.deepcopy(part, weights) for part in (*divided, pipe.scheduler))
-    own = StableDiffusionXLPipeline(**{**pipe.components, "unet": unet, "vae": vae, "scheduler": scheduler})
+    model, vae, scheduler = (copy.deepcopy(part, weights) for part in (*divided, pipe.scheduler))
+    own = type(pipe)(**{**pipe.components, denoiser: model, "vae": vae, "scheduler": scheduler})
     own.set_progress_bar_config(disable=True)
     return parallelize(own, plan, transport)
 
 
-def draw(pipe: StableDiffusionXLPipeline, plan: Plan, arguments: dict[str, Any]) -> tuple[torch.Tensor, dict[str, Any]]:
+def draw(pipe: DiffusionPipeline, plan: Plan, arguments: dict[str, Any]) -> tuple[torch.Tensor, dict[str, Any]]:
     """Latents of one picture drawn by virtual ranks, the most bytes that a rank sent per call, synchronous calls."""
 
     def work(transport: Transport) -> tuple[torch.Tensor, int, int]:
@@ -106,9 +110,10 @@ def draw(pipe: StableDiffusionXLPipeline, plan: Plan, arguments: dict[str, Any])
 
 
 @torch.no_grad()
-def decode(pipe: StableDiffusionXLPipeline, latents: torch.Tensor) -> Image.Image:
+def decode(pipe: DiffusionPipeline, latents: torch.Tensor) -> Image.Image:
     """The picture of some latents."""
-    pixels = pipe.vae.decode(latents / pipe.vae.config.scaling_factor).sample
+    scaling = pipe.vae.config
+    pixels = pipe.vae.decode(latents / scaling.scaling_factor + (scaling.shift_factor or 0.0)).sample
     return pipe.image_processor.postprocess(pixels, output_type="pil")[0]
 
 
@@ -129,14 +134,13 @@ def row(seed: int, name: str, plan: str, picture: Image.Image, scene: Scene) -> 
 def measure(process: int, options: argparse.Namespace, path: Path) -> None:
     """One row per picture and plan, for every `processes`-th picture."""
     torch.set_num_threads(1)
-    pipe = StableDiffusionXLPipeline.from_pretrained(distrifusion.demo.path())
-    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    pipe = source.find(options.model, {}).open(torch.device("cpu"))
     pipe.set_progress_bar_config(disable=True)
     size = options.size // pipe.vae_scale_factor
     with path.with_suffix(f".{process}").open("w") as file:
         for seed, (scene, prompt) in list(enumerate(prompts(options.pictures)))[process :: options.processes]:
             # Encoded once: the tokenizers are shared by the threads, which must not use them at the same time.
-            encoded = pipe.encode_prompt(prompt, do_classifier_free_guidance=True)
+            encoded = pipe.encode_prompt(prompt, **_OTHER_TEXTS[options.model])
             arguments = {
                 **dict(zip(_ENCODED, encoded, strict=True)),
                 # The model is told the size, which the pipeline does not take from the latents.
@@ -187,6 +191,7 @@ def report(rows: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=tuple(_OTHER_TEXTS), default="demo")
     parser.add_argument("--bands", default="2,4,8")
     parser.add_argument("--plans", help="plans joined by commas, in place of variants of bands")
     parser.add_argument("--pictures", type=int, default=16)

@@ -41,9 +41,9 @@ def load(
     started: this process joins the others as one rank, every rank calls `load` and then makes the same calls.
 
     Args:
-        source: a hub id ("stabilityai/stable-diffusion-xl-base-1.0"), a folder, "demo" (the embedded model), or a
-            function without arguments that returns a pipeline. Worker processes on CPU share what one call of it
-            gives, unless it leaves a thread behind; otherwise every rank calls it.
+        source: a hub id ("stabilityai/stable-diffusion-xl-base-1.0"), a folder, "demo" or "demo-dit" (the
+            embedded models), or a function without arguments that returns a pipeline. Worker processes on CPU share
+            what one call of it gives, unless it leaves a thread behind; otherwise every rank calls it.
         devices: how many (2: GPUs where CUDA is, else CPU processes), which ("cuda:1", ["cuda:0", "cuda:1"], [0, 1],
             ["cpu", "cpu"]), or which kind ("cuda": all GPUs, "cpu": as many processes as the plan has ranks).
             None: as many as the plan has ranks; without a plan all GPUs, or one CPU.

@@ -101,6 +101,7 @@ def other_files(folder: Path) -> object:
         (lambda folder: folder / "nowhere", "there is no folder"),
         (lambda folder: str(folder / "nowhere"), "there is no folder"),
         (lambda folder: "dmeo", "did you mean 'demo'"),
+        (lambda folder: "demo-dti", "did you mean 'demo-dit'"),
         (lambda folder: folder, "it is empty"),
         (other_files, "it holds weights.bin"),
         (component, "single component; load the folder above"),

@@ -6,14 +6,13 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from distrifusion import demo
 from distrifusion.cli import options
 from distrifusion.errors import ConfigError
 
 if TYPE_CHECKING:
     from distrifusion.plan import Plan
     from distrifusion.runtime.devices import DeviceSpec
-
-_DEMO_SIZE = (512, 512)
 
 
 @dataclass(frozen=True)
@@ -40,8 +39,10 @@ class Wish:
         """
         from distrifusion.runtime import call_checks, source
 
-        typed = options.size(self.size) if self.size else (_DEMO_SIZE if self.model == "demo" else (None, None))
-        given = {**self.call, "width": typed[0], "height": typed[1]}
+        embedded = demo.find(self.model)
+        own = (None, None) if embedded is None else embedded.size
+        width, height = options.size(self.size) if self.size else own
+        given = {**self.call, "width": width, "height": height}
         arguments = {name: value for name, value in given.items() if value is not None}
         facts = source.find(self.model, {}).facts
         if facts is not None:

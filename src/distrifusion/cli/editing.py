@@ -45,10 +45,10 @@ class Edit:
 
     def source(self, model: str, keywords: dict[str, Any]) -> Callable[[], DiffusionPipeline]:
         """What `load` opens instead of the model's own pipeline."""
-        from distrifusion import demo
+        from distrifusion.runtime import source
 
-        folder = str(demo.path()) if model == "demo" else model
-        return partial(_open, folder, self.mask is not None, keywords)
+        found = source.find(model, keywords)
+        return partial(_open, found.origin, self.mask is not None, dict(found.keywords))
 
     def arguments(self, drawing: dict[str, Any], to_size: bool) -> dict[str, Any]:
         """Arguments of the call, from those of drawing without a picture.

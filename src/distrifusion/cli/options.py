@@ -45,7 +45,7 @@ Model = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="'demo' (the embedded model), a folder of a diffusers pipeline, or a hub id such as "
+        help="'demo' or 'demo-dit' (the embedded models), a folder of a diffusers pipeline, or a hub id such as "
         "stabilityai/stable-diffusion-xl-base-1.0.",
         show_default=False,
     ),
@@ -65,7 +65,8 @@ Size = Annotated[
     typer.Option(
         "--size",
         metavar="WIDTHxHEIGHT",
-        help=r"In pixels, multiples of 8. [dim]\[default: the model's own; 512x512 for demo][/dim]",
+        help="In pixels, multiples of 8. "
+        r"[dim]\[default: the model's own; 512x512 for demo, 256x256 for demo-dit][/dim]",
         show_default=False,
         rich_help_panel=PICTURE,
     ),

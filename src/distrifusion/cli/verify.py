@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from distrifusion import demo
 from distrifusion.cli import options
 from distrifusion.cli.drawing import Wish, dtype_keyword, quiet_libraries, refuse_torchrun
 from distrifusion.cli.spoken import FAILED, cancelled_by_ctrl_c, spoken_errors
@@ -45,7 +46,7 @@ def verify(
             "--prompt",
             "-p",
             metavar="TEXT",
-            help=r"What to draw. [dim]\[default: twelve landscapes for demo][/dim]",
+            help=r"What to draw. [dim]\[default: twelve landscapes for demo and demo-dit][/dim]",
             show_default=False,
             rich_help_panel=options.PICTURE,
         ),
@@ -224,7 +225,7 @@ def _prompts(model: str, prompt: str | None, file: Path | None) -> tuple[str, ..
         if not found:
             raise ConfigError(f"there is no prompt in '{file}'; write one a line")
         return found
-    if model != "demo":
+    if demo.find(model) is None:
         raise ConfigError(f"'{model}' has no prompts of its own; say --prompt, or --prompts and a file")
     from distrifusion.quality.landscapes import PROMPTS
 
@@ -241,7 +242,7 @@ def _check_limits(limits: dict[str, float], task: Task) -> None:
     if "ms_ssim" in limits and sides and min(sides) < metrics.MS_SSIM_PIXELS:
         raise ConfigError(f"--min-ms-ssim needs pictures of at least {metrics.MS_SSIM_PIXELS} pixels a side")
     if not task.is_demo and limits.keys() & {"agreement", "frechet"}:
-        raise ConfigError("--min-agreement and --max-frechet are for the demo model, which has a classifier")
+        raise ConfigError("--min-agreement and --max-frechet are for the demo models, which have a classifier")
     if "frechet" in limits and len(task.seeds) < 2:
         raise ConfigError("--max-frechet needs at least two seeds")
     # Ranks of a call without guidance take bands.

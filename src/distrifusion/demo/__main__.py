@@ -1,4 +1,4 @@
-"""Command line of the demo model: ``python -m distrifusion.demo {train,evaluate,render}``."""
+"""Command line of the demo models: ``python -m distrifusion.demo {train,evaluate,render}``."""
 
 import argparse
 import json
@@ -32,15 +32,22 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=4620, help="steps of the U-Net (default %(default)s)")
     parser.add_argument("--vae-steps", type=int, default=2450, help="steps of the autoencoder (default %(default)s)")
     parser.add_argument("--decoder-steps", type=int, default=1850, help="steps that refine its decoder (%(default)s)")
+    parser.add_argument(
+        "--transformer-steps", type=int, default=3250, help="steps of demo-dit's denoiser (default %(default)s)"
+    )
+    parser.add_argument(
+        "--shared", type=Path, metavar="PIPELINE", help="make only demo-dit, with the parts of this first pipeline"
+    )
     parser.add_argument("--processes", type=int, default=2, help="use 1 on a GPU (default %(default)s)")
     parser.set_defaults(run=_train)
 
 
 def _add_evaluate(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--pipeline", type=Path, default=demo.path(), help="pipeline folder (default: the shipped one)")
+    parser.add_argument("--model", choices=tuple(demo.MODELS), default="demo", help="(default %(default)s)")
+    parser.add_argument("--pipeline", type=Path, help="another pipeline folder than the model's")
     parser.add_argument("--count", type=int, default=256, help="pictures (default %(default)s)")
     parser.add_argument("--size", type=_size, default=(256, 256), help="WIDTHxHEIGHT (default 256x256)")
-    parser.add_argument("--sampler", choices=("ddim", "dpm++"), default="dpm++")
+    parser.add_argument("--sampler", help="demo: dpm++ (default) or ddim; demo-dit: euler")
     parser.add_argument("--steps", type=int, default=25, help="denoising steps (default %(default)s)")
     parser.add_argument("--guidance", type=float, default=5.0, help="guidance scale (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
@@ -55,16 +62,23 @@ def _add_render(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_render)
 
 
-def _train(minutes: float | None, steps: int, **options: Any) -> None:
-    from distrifusion.demo.stages import train
+def _train(
+    minutes: float | None,
+    steps: int,
+    vae_steps: int,
+    decoder_steps: int,
+    transformer_steps: int,
+    **options: Any,
+) -> None:
+    from distrifusion.demo.stages import Lengths, train
 
-    train(steps=None if minutes else steps, minutes=minutes, **options)
+    train(lengths=Lengths(vae_steps, steps, minutes, decoder_steps, transformer_steps), **options)
 
 
-def _evaluate(grid: Path | None, pipeline: Path, **options: Any) -> None:
+def _evaluate(grid: Path | None, model: str, pipeline: Path | None, **options: Any) -> None:
     from distrifusion.demo.evaluate import evaluate, save_grid
 
-    report, images, prompts = evaluate(pipeline, **options)
+    report, images, prompts = evaluate(pipeline or demo.path(model), **options)
     if grid is not None:
         save_grid(images[:48], grid)
         for prompt in prompts[:48]:

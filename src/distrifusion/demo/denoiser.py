@@ -12,7 +12,7 @@ from diffusers import DDIMScheduler, UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from distrifusion.demo.latents import BUCKETS, load_latents
+from distrifusion.demo.latents import Portion, Samples
 from distrifusion.demo.processes import rank
 from distrifusion.demo.scenes import Scene, sample_caption
 from distrifusion.demo.text_encoders import WIDTH, encode_tokens, tokenize
@@ -21,6 +21,15 @@ from distrifusion.demo.training import Schedule, TrainingLog, autocast, device, 
 SNR_LIMIT = 5.0
 """Gamma of min-SNR weighting (Hang et al. 2023)."""
 DROP_CAPTION = 0.10
+PORTIONS = (
+    Portion((256, 256), 8, 0.70),
+    Portion((384, 256), 5, 0.07),
+    Portion((256, 384), 5, 0.07),
+    Portion((384, 384), 4, 0.05),
+    Portion((512, 384), 3, 0.03),
+    Portion((384, 512), 3, 0.03),
+    Portion((512, 512), 2, 0.05),
+)
 TIME_EMBED = 32
 
 
@@ -91,16 +100,12 @@ def train_unet(folder: Path, cache: Path, schedule: Schedule, log: TrainingLog) 
     model = build_unet().to(device(), memory_format=torch.channels_last)
     encoder = CaptionEncoder.from_folder(folder)
     alphas = build_scheduler().alphas_cumprod.to(device())
-    latents = load_latents(cache)
-    scenes = {bucket.size: bucket.scenes() for bucket in BUCKETS}
-    shares = np.array([bucket.share for bucket in BUCKETS])
+    samples = Samples(cache, PORTIONS)
 
     def loss_of_step(_step: int, rng: np.random.Generator) -> tuple[Tensor, int]:
-        bucket = BUCKETS[rng.choice(len(BUCKETS), p=shares / shares.sum())]
-        chosen = rng.integers(bucket.count, size=bucket.batch)
-        captions = [_caption_or_none(scenes[bucket.size][i], rng) for i in chosen]
-        x = torch.from_numpy(latents[bucket.size][chosen]).float().to(device())
-        return velocity_loss(model, x, encoder(captions), alphas, rng), bucket.batch
+        x, scenes = samples.draw(rng)
+        captions = [_caption_or_none(scene, rng) for scene in scenes]
+        return velocity_loss(model, x, encoder(captions), alphas, rng), len(x)
 
     fit("unet", model, loss_of_step, schedule, cache / "unet.pt", log)
     if rank() == 0:

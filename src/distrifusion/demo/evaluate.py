@@ -1,11 +1,17 @@
-"""Does the model draw what the prompt says? Attribute accuracy, Frechet distance, and a grid to look at."""
+"""Does a model draw what the prompt says? Attribute accuracy, Frechet distance, and a grid to look at."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DPMSolverMultistepScheduler, StableDiffusionXLPipeline
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    StableDiffusion3Pipeline,
+)
 from PIL import Image
 from torch import Tensor
 
@@ -15,8 +21,12 @@ from distrifusion.demo.dataset import Size, sample_scenes
 from distrifusion.demo.painting import render
 from distrifusion.demo.scenes import ATTRIBUTES, Scene, compose_caption
 from distrifusion.demo.training import device
+from distrifusion.runtime import source
 
-SAMPLERS = {"ddim": DDIMScheduler, "dpm++": DPMSolverMultistepScheduler}
+SAMPLERS = {"ddim": DDIMScheduler, "dpm++": DPMSolverMultistepScheduler, "euler": FlowMatchEulerDiscreteScheduler}
+FLOW = ("euler",)
+"""Those for a model of flow matching; the first one is taken unless another is asked for."""
+DIFFUSION = ("dpm++", "ddim")
 
 
 @dataclass(frozen=True)
@@ -44,12 +54,23 @@ class Report:
 
 
 def evaluate(
-    folder: Path, count: int, size: Size, sampler: str, steps: int, guidance: float, seed: int = 0, batch: int = 8
+    folder: Path,
+    count: int,
+    size: Size,
+    sampler: str | None,
+    steps: int,
+    guidance: float,
+    seed: int = 0,
+    batch: int = 8,
 ) -> tuple[Report, Tensor, list[str]]:
     """Draw ``count`` scenes from prompts that name every attribute, and measure the pictures.
 
     Returns the report, the pictures (count, 3, H, W) in [0, 1], and the prompts.
+
+    Raises:
+        ValueError: if the model cannot be drawn with ``sampler``.
     """
+    sampler = _fitting(sampler, folder)
     scenes = sample_scenes(count, seed=3_000_000 + seed)
     rng = np.random.default_rng(seed)
     prompts = [compose_caption(scene.attributes(), rng) for scene in scenes]
@@ -77,9 +98,7 @@ def generate(
     folder: Path, prompts: list[str], size: Size, sampler: str, steps: int, guidance: float, seed: int, batch: int
 ) -> Tensor:
     """Pictures (N, 3, H, W) in [0, 1] from prompts, in fp32; picture ``i`` starts from the noise of ``seed + i``."""
-    if sampler not in SAMPLERS:
-        raise ValueError(f"sampler {sampler!r} is not one of {', '.join(SAMPLERS)}")
-    pipe = StableDiffusionXLPipeline.from_pretrained(folder, torch_dtype=torch.float32).to(device())
+    pipe = source.find(folder, {"torch_dtype": torch.float32}).open(device())
     pipe.scheduler = SAMPLERS[sampler].from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
     pictures = []
@@ -89,6 +108,14 @@ def generate(
         keywords = {"width": size[0], "height": size[1], "num_inference_steps": steps, "guidance_scale": guidance}
         pictures.append(pipe(some, generator=generators, output_type="pt", **keywords).images.float().cpu())
     return torch.cat(pictures)
+
+
+def _fitting(sampler: str | None, folder: Path) -> str:
+    own = source.find(folder, {}).facts
+    known = FLOW if own is not None and own.cls is StableDiffusion3Pipeline else DIFFUSION
+    if sampler is not None and sampler not in known:
+        raise ValueError(f"sampler {sampler!r} is not one of {', '.join(known)}, which fit '{folder}'")
+    return sampler or known[0]
 
 
 def accuracy(images: Tensor, scenes: list[Scene]) -> dict[str, float]:

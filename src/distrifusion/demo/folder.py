@@ -1,4 +1,4 @@
-"""Putting the trained parts together as one pipeline folder."""
+"""Putting the trained parts together as pipeline folders."""
 
 import json
 import os
@@ -7,26 +7,32 @@ import tempfile
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DiffusionPipeline,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from distrifusion.demo.denoiser import build_scheduler, build_unet
 from distrifusion.demo.training import load_average
+from distrifusion.demo.transformer import TEXT_TOKENS, build_flow_scheduler, build_transformer, with_projection
 
 
 def export_pipeline(parts: Path, target: Path, unet_checkpoint: Path | None = None) -> None:
-    """Write the pipeline whose trained parts lie in ``parts`` to ``target`` in fp16.
+    """Write the SDXL pipeline whose trained parts lie in ``parts`` to ``target`` in fp16.
 
-    The folder is written beside ``target`` and moved into place at the end, so nobody loads half of it. With
-    ``unet_checkpoint`` the U-Net is the moving average in that training checkpoint.
+    With ``unet_checkpoint`` the U-Net is the moving average in that training checkpoint.
     """
     if unet_checkpoint is None:
         unet = UNet2DConditionModel.from_pretrained(parts / "unet")
     else:
         unet = build_unet()
-        state = torch.load(unet_checkpoint, map_location="cpu", weights_only=True)
-        load_average(unet, state["average"])
+        load_average(unet, _average(unet_checkpoint))
     pipeline = StableDiffusionXLPipeline(
         vae=AutoencoderKL.from_pretrained(parts / "vae"),
         text_encoder=CLIPTextModel.from_pretrained(parts / "text_encoder"),
@@ -38,6 +44,49 @@ def export_pipeline(parts: Path, target: Path, unet_checkpoint: Path | None = No
         force_zeros_for_empty_prompt=True,
         add_watermarker=False,
     )
+    _write(pipeline, target)
+
+
+def export_flow_pipeline(parts: Path, transformer: Path, target: Path) -> None:
+    """Write the SD3 pipeline to ``target`` in fp16.
+
+    ``parts`` holds the autoencoder, the text encoders and the tokenizers, trained for the SDXL pipeline;
+    ``transformer`` is the folder of the denoiser, or a training checkpoint, whose moving average is taken.
+    """
+    if transformer.is_dir():
+        denoiser = SD3Transformer2DModel.from_pretrained(transformer)
+    else:
+        denoiser = build_transformer()
+        load_average(denoiser, _average(transformer))
+    vae = AutoencoderKL.from_pretrained(parts / "vae")
+    vae.register_to_config(shift_factor=0.0)  # which SD3 adds, none or not
+    tokenizers = (CLIPTokenizer.from_pretrained(parts / name) for name in ("tokenizer", "tokenizer_2"))
+    pipeline = StableDiffusion3Pipeline(
+        vae=vae,
+        text_encoder=with_projection(parts / "text_encoder"),
+        text_encoder_2=CLIPTextModelWithProjection.from_pretrained(parts / "text_encoder_2"),
+        text_encoder_3=None,
+        tokenizer=_shortened(next(tokenizers)),
+        tokenizer_2=_shortened(next(tokenizers)),
+        tokenizer_3=None,
+        transformer=denoiser,
+        scheduler=build_flow_scheduler(),
+    )
+    _write(pipeline, target)
+
+
+def _average(checkpoint: Path) -> list[torch.Tensor]:
+    return torch.load(checkpoint, map_location="cpu", weights_only=True)["average"]
+
+
+def _shortened(tokenizer: CLIPTokenizer) -> CLIPTokenizer:
+    """The tokenizer with as many positions as captions need; SD3 carries the padding through every layer."""
+    tokenizer.model_max_length = TEXT_TOKENS
+    return tokenizer
+
+
+def _write(pipeline: DiffusionPipeline, target: Path) -> None:
+    """Save a pipeline in fp16, beside ``target`` first and moved there at the end, so that nobody loads half of it."""
     target.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(dir=target.parent, prefix=".pipeline-"))
     pipeline.to(dtype=torch.float16).save_pretrained(draft, safe_serialization=True)

@@ -1,4 +1,4 @@
-"""Stage ``latents``: the training set of the U-Net, rendered and encoded once.
+"""Stage ``latents``: what both denoisers learn from, rendered and encoded once, and how a step draws from it.
 
 For each picture size and rank there is one file with latents (N, 4, H/8, W/8) in fp16, times the scaling factor.
 The scenes follow from the size alone, so captions are worded afresh whenever a sample is drawn.
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from numpy.typing import NDArray
+from torch import Tensor
 
 from distrifusion.demo.autoencoder import to_input
 from distrifusion.demo.dataset import Size, sample_scenes
@@ -23,12 +24,10 @@ from distrifusion.demo.training import autocast, device
 
 @dataclass(frozen=True)
 class Bucket:
-    """Pictures of one size: how many there are, the batch of one rank in a step, and the share of steps that use it."""
+    """Pictures of one size, and how many there are."""
 
     size: Size
     count: int
-    batch: int
-    share: float
 
     def scenes(self) -> list[Scene]:
         """The scenes of this bucket, in the order of its latents."""
@@ -36,14 +35,48 @@ class Bucket:
 
 
 BUCKETS = (
-    Bucket((256, 256), 6000, 8, 0.70),
-    Bucket((384, 256), 300, 5, 0.07),
-    Bucket((256, 384), 300, 5, 0.07),
-    Bucket((384, 384), 300, 4, 0.05),
-    Bucket((512, 384), 150, 3, 0.03),
-    Bucket((384, 512), 150, 3, 0.03),
-    Bucket((512, 512), 200, 2, 0.05),
+    Bucket((128, 128), 8000),
+    Bucket((256, 256), 6000),
+    Bucket((384, 256), 300),
+    Bucket((256, 384), 300),
+    Bucket((384, 384), 300),
+    Bucket((512, 384), 150),
+    Bucket((384, 512), 150),
+    Bucket((512, 512), 200),
 )
+_ENCODED_TOGETHER = 8
+
+
+@dataclass(frozen=True)
+class Portion:
+    """What one size gets of a denoiser's training: the batch of a rank in a step, and the share of steps (any unit)."""
+
+    size: Size
+    batch: int
+    share: float
+
+
+class Samples:
+    """Cached latents and their scenes, drawn in the given portions; a size is read when it is first drawn."""
+
+    def __init__(self, cache: Path, portions: tuple[Portion, ...]) -> None:
+        self._cache = cache
+        self._portions = portions
+        self._shares = np.array([portion.share for portion in portions])
+        self._read: dict[Size, tuple[NDArray[np.float16], list[Scene]]] = {}
+
+    def draw(self, rng: np.random.Generator) -> tuple[Tensor, list[Scene]]:
+        """One batch, all of one size: latents (B, 4, H/8, W/8) in fp32, and what each shows."""
+        portion = self._portions[rng.choice(len(self._portions), p=self._shares / self._shares.sum())]
+        latents, scenes = self._of(portion.size)
+        chosen = rng.integers(len(scenes), size=portion.batch)
+        return torch.from_numpy(latents[chosen]).float().to(device()), [scenes[i] for i in chosen]
+
+    def _of(self, size: Size) -> tuple[NDArray[np.float16], list[Scene]]:
+        if size not in self._read:
+            bucket = next(bucket for bucket in BUCKETS if bucket.size == size)
+            self._read[size] = _load_latents(self._cache, bucket), bucket.scenes()
+        return self._read[size]
 
 
 @torch.no_grad()
@@ -56,21 +89,19 @@ def encode_latents(autoencoder: Path, cache: Path) -> None:
             continue
         scenes = bucket.scenes()
         mine = scenes[len(scenes) * rank() // num_ranks() : len(scenes) * (rank() + 1) // num_ranks()]
-        batches = [mine[i : i + bucket.batch] for i in range(0, len(mine), bucket.batch)]
+        batches = [mine[i : i + _ENCODED_TOGETHER] for i in range(0, len(mine), _ENCODED_TOGETHER)]
         pictures = (np.stack([render(scene, *bucket.size) for scene in batch]) for batch in batches)
         draft = target.with_name(f"draft-{target.name}")
         np.save(draft, np.concatenate([_encode(model, batch) for batch in pictures]))
         os.replace(draft, target)
 
 
-def load_latents(cache: Path) -> dict[Size, NDArray[np.float16]]:
-    """The latents (N, 4, H/8, W/8) of each bucket's size, as many ranks as there were put together."""
-    latents = {}
-    for bucket in BUCKETS:
-        files = sorted(cache.glob(_file(cache, bucket, 0, 1).name.replace("0of1", "*of*")))
-        latents[bucket.size] = np.concatenate([np.load(file) for file in files])
-        if len(latents[bucket.size]) != bucket.count:
-            raise ValueError(f"{len(latents[bucket.size])} latents of {bucket.size}, not {bucket.count}; empty {cache}")
+def _load_latents(cache: Path, bucket: Bucket) -> NDArray[np.float16]:
+    """The latents (N, 4, H/8, W/8) of a bucket, as many ranks as there were put together."""
+    files = sorted(cache.glob(_file(cache, bucket, 0, 1).name.replace("0of1", "*of*")))
+    latents = np.concatenate([np.load(file) for file in files])
+    if len(latents) != bucket.count:
+        raise ValueError(f"{len(latents)} latents of {bucket.size}, not {bucket.count}; empty {cache}")
     return latents
 
 

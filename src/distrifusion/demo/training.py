@@ -1,9 +1,9 @@
-"""The training loop of every stage: bf16 autocast, AdamW, warm-up and linear decay, EMA, checkpoints, a log."""
+"""The training loop of every stage: bf16 autocast, AdamW, Muon, warm-up and linear decay, EMA, checkpoints, a log."""
 
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,36 +80,40 @@ def fit(
     schedule: Schedule,
     checkpoint: Path,
     log: TrainingLog,
+    matrices: Sequence[nn.Parameter] = (),
 ) -> None:
     """Train ``model`` in place and leave the moving average of its weights in it; all ranks must call it.
 
     ``loss_of_step(step, rng)`` draws a batch and returns its loss and the number of samples; ``rng`` is seeded by step
     and rank, so that a resumed run sees what an unbroken one would. Training goes on from ``checkpoint`` if the file is
-    there; rank 0 rewrites it every ``schedule.checkpoint_seconds`` and at the end.
+    there; rank 0 rewrites it every ``schedule.checkpoint_seconds`` and at the end. ``matrices`` are the weights that
+    Muon trains (Jordan et al. 2024; its steps are scaled to the size of AdamW's), AdamW trains the others.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.99), weight_decay=schedule.weight_decay, fused=True)
-    state = _State(model, optimizer, [p.detach().clone() for p in parameters])
+    optimizers = _optimizers(parameters, matrices, schedule)
+    state = _State(model, optimizers, [p.detach().clone() for p in parameters])
     if checkpoint.exists():
         state.load(checkpoint)
     before, started, saved, losses = state.seconds, time.monotonic(), time.monotonic(), []
     while (progress := schedule.progress(state.step, state.seconds)) < 1:
-        for group in optimizer.param_groups:
-            group["lr"] = schedule.rate(state.step, progress)
+        rate = schedule.rate(state.step, progress)
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+            group["lr"] = rate
         loss, size = loss_of_step(state.step, np.random.default_rng((state.step, rank())))
-        optimizer.zero_grad(set_to_none=True)
+        model.zero_grad(set_to_none=True)
         loss.backward()
         elapsed = before + time.monotonic() - started
         shared = torch.tensor([float(loss.detach()), elapsed, size], dtype=torch.float32, device=device())
         gradients = [p.grad for p in parameters if p.grad is not None]
         average_over_ranks([*gradients, shared])
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         state.advance(parameters, schedule.ema, round(float(shared[2]) * num_ranks()), float(shared[1]))
         losses.append(float(shared[0]))
         if state.step % schedule.log_every == 0 and rank() == 0:
             progressed = {"step": state.step, "samples": state.samples, "seconds": round(state.seconds)}
-            log.write(stage=stage, **progressed, loss=sum(losses) / len(losses), learning_rate=group["lr"])
+            log.write(stage=stage, **progressed, loss=sum(losses) / len(losses), learning_rate=rate)
             losses.clear()
         if time.monotonic() - saved > schedule.checkpoint_seconds:
             state.save(checkpoint)
@@ -118,12 +122,26 @@ def fit(
     load_average(model, state.average)
 
 
+def _optimizers(
+    parameters: list[nn.Parameter], matrices: Sequence[nn.Parameter], schedule: Schedule
+) -> list[torch.optim.Optimizer]:
+    chosen = {id(weight) for weight in matrices}
+    others = [weight for weight in parameters if id(weight) not in chosen]
+    decay = schedule.weight_decay
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(others, betas=(0.9, 0.99), weight_decay=decay, fused=True)
+    ]
+    if matrices:
+        optimizers.append(torch.optim.Muon(list(matrices), weight_decay=decay, adjust_lr_fn="match_rms_adamw"))
+    return optimizers
+
+
 @dataclass
 class _State:
     """Everything that a checkpoint holds."""
 
     model: nn.Module
-    optimizer: torch.optim.Optimizer
+    optimizers: list[torch.optim.Optimizer]
     average: list[Tensor]
     step: int = 0
     samples: int = 0
@@ -138,7 +156,8 @@ class _State:
     def save(self, file: Path) -> None:
         """Write the checkpoint, on rank 0 only; the old one stays until the new one is complete."""
         if rank() == 0:
-            state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+            optimizers = [optimizer.state_dict() for optimizer in self.optimizers]
+            state = {"model": self.model.state_dict(), "optimizers": optimizers}
             counts = {"step": self.step, "samples": self.samples, "seconds": self.seconds}
             torch.save(state | {"average": self.average} | counts, file.with_suffix(".part"))
             os.replace(file.with_suffix(".part"), file)
@@ -147,7 +166,8 @@ class _State:
         """Take up a checkpoint."""
         state = torch.load(file, map_location=device(), weights_only=True)
         self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
         self.average, self.step = state["average"], state["step"]
         self.samples, self.seconds = state["samples"], state["seconds"]
 

@@ -1,4 +1,4 @@
-"""The demo model's pictures: prompts with known attributes, and whether pictures show them."""
+"""The demo models' pictures: prompts with known attributes, and whether pictures show them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PROMPTS = {
 
 
 class Gallery:
-    """The pictures of a plan and of one device, read by the demo model's classifier."""
+    """The pictures of a plan and of one device, read by the demo models' classifier."""
 
     def __init__(self) -> None:
         self._features: dict[str, list[torch.Tensor]] = {"plan": [], "one device": []}

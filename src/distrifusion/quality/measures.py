@@ -55,7 +55,7 @@ PICTURE_MEASURES = (
             "The largest jump of the error near a border between two bands, over the usual jump beside it. About 1 "
             "means no line is there; above 2 a line may be seen."),
     Measure("agreement", "attributes read alike", "", True,
-            "Share of the attributes (time of day, sun or moon, mountains, foreground, trees) that the demo model's "
+            "Share of the attributes (time of day, sun or moon, mountains, foreground, trees) that the demo models' "
             "classifier reads alike in both pictures."),
     Measure("lpips", "LPIPS of the picture", "", False,
             "Distance in the features of a trained network (AlexNet); below 0.05 hard to see."),

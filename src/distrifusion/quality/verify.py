@@ -36,7 +36,7 @@ class Task:
     """What is drawn by both.
 
     Attributes:
-        source: 'demo', a folder or a hub id.
+        source: an embedded model, a folder or a hub id.
         devices: of the plan, one per rank.
         seeds: of the noise, one picture each.
         prompts: seed `s` draws prompt `s % len(prompts)`, so that a seed alone repeats its picture.
@@ -69,8 +69,8 @@ class Task:
 
     @property
     def is_demo(self) -> bool:
-        """True if the demo model's classifier can read the pictures."""
-        return self.source in ("demo", str(demo.path()))
+        """True if the demo models' classifier can read the pictures."""
+        return demo.find(self.source) is not None
 
 
 @dataclass(frozen=True)
@@ -93,8 +93,8 @@ class Outcome:
         cuts: where the plan cut the pictures; empty if it did not.
         results: one for every seed, in the task's order.
         together: figures of all pictures together, by key of `measures.SET_MEASURES`.
-        accuracy: what pictures of the demo model show right, by whose they are and attribute.
-        frechet: Frechet distances between sets of pictures of the demo model.
+        accuracy: what pictures of a demo model show right, by whose they are and attribute.
+        frechet: Frechet distances between sets of pictures of a demo model.
         skipped: what was not measured, and why.
         size: width and height of the pictures.
         timeline: what the ranks did while the plan drew the first seed, if it was traced.
@@ -240,7 +240,7 @@ def _skipped(task: Task, result: Result) -> dict[str, str]:
         "ms_ssim": f"a side of the picture is below {metrics.MS_SSIM_PIXELS} pixels",
         "latent_error": "the pipeline does not call back after a step",
         "seam": "the picture is not cut into bands",
-        "agreement": "the classifier reads pictures of the demo model only",
+        "agreement": "the classifier reads pictures of the demo models only",
     }
     skipped = {key: reason for key, reason in reasons.items() if key not in result.values}
     if not task.is_demo:

@@ -99,20 +99,23 @@ def find(source: object, keywords: Mapping[str, Any]) -> Source:
     if callable(source) and not isinstance(source, diffusers.DiffusionPipeline):
         return _from_factory(source, keywords)
     if not isinstance(source, str | os.PathLike):
+        embedded = ", ".join(f"'{model}'" for model in demo.MODELS)
         raise ConfigError(
-            f"a {type(source).__name__} cannot be loaded: give a hub id, a folder, 'demo', or a function that returns "
-            "the pipeline; to divide a pipeline that is open, see distrifusion.parallelize"
+            f"a {type(source).__name__} cannot be loaded: give a hub id, a folder, {embedded}, or a function that "
+            "returns the pipeline; to divide a pipeline that is open, see distrifusion.parallelize"
         )
     name = os.fspath(source)
-    if name == "demo":
-        if not demo.path().is_dir():
-            raise ConfigError(f"the embedded model is not in this installation: there is no folder '{demo.path()}'")
-        return _from_folder(demo.path(), keywords)
+    if name in demo.MODELS:
+        folder = demo.path(name)
+        if not folder.is_dir():
+            raise ConfigError(f"the embedded model '{name}' is not in this installation: there is no folder '{folder}'")
+        return _from_folder(folder, keywords)
     if Path(name).expanduser().exists():
         return _from_folder(Path(name).expanduser(), keywords)
     if isinstance(source, os.PathLike) or not _may_be_hub_id(name):
-        near = "; did you mean 'demo'?" if difflib.get_close_matches(name.lower(), ["demo"], cutoff=0.7) else ""
-        raise ConfigError(f"there is no folder '{name}', and a hub id has the form 'owner/name'{near}")
+        near = demo.near(name)
+        meant = f"; did you mean '{near}'?" if near else ""
+        raise ConfigError(f"there is no folder '{name}', and a hub id has the form 'owner/name'{meant}")
     return _from_hub(name, keywords)
 
 

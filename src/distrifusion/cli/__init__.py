@@ -8,6 +8,7 @@ import typer
 
 from distrifusion.cli.doctor import doctor
 from distrifusion.cli.models import models
+from distrifusion.cli.plan import plan
 from distrifusion.cli.run import run
 from distrifusion.cli.verify import verify
 
@@ -40,5 +41,5 @@ def main(
     """
 
 
-for command in (run, verify, doctor, models):
+for command in (run, verify, plan, doctor, models):
     app.command()(command)

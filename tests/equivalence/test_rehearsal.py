@@ -86,7 +86,7 @@ def test_every_rank_of_a_unet_sends_the_bytes_that_it_rehearsed(text: str) -> No
         assert to_peers == really
 
 
-@pytest.mark.parametrize("text", ["patch3", "patch2.displaced.w0", "ulysses2", "ring3", "ulysses2.ring2", "cfg2.ring2"])
+@pytest.mark.parametrize("text", ["patch3", "patch2.displaced.w0", "ring3", "ulysses2.ring2"])
 def test_every_rank_of_a_transformer_sends_the_bytes_that_it_rehearsed(text: str) -> None:
     """35 tokens and 7 words divide among none of these: each rank hears what the others have."""
     plan = Plan.parse(text)

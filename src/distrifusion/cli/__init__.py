@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from distrifusion.cli.bench import bench
 from distrifusion.cli.doctor import doctor
 from distrifusion.cli.models import models
 from distrifusion.cli.plan import plan
@@ -41,5 +42,5 @@ def main(
     """
 
 
-for command in (run, verify, plan, doctor, models):
+for command in (run, verify, plan, bench, doctor, models):
     app.command()(command)

@@ -130,8 +130,8 @@ def _text(ranking: Ranking, speed: Speed, links: Links, explain: bool) -> str:
     from distrifusion.planner.candidates import fidelity_of
 
     lines = [f"predicted for {speed.name} ({speed.source}), links {links.name} ({links.source})", ""]
-    head = f"{'plan':<36} {'devices':>7} {'s/step':>9} {'s/picture':>9} {'speed-up':>8} {'memory':>9}  fidelity  limited by"
-    lines.append(head)
+    head = f"{'plan':<36} {'devices':>7} {'s/step':>9} {'s/picture':>9} {'speed-up':>8} {'memory':>9}"
+    lines.append(f"{head}  fidelity  limited by")
     for p in ranking.predictions:
         mark = "* " if p is ranking.chosen else "  "
         formula = " (by formula)" if p.formula else ""

@@ -16,6 +16,7 @@ from distrifusion.planner.prediction import Costs
 from distrifusion.runtime.devices import threads_per_rank
 
 AUTO = "auto"
+FLOAT32 = torch.float32  # what diffusers takes where no dtype is said
 _STEPS = 30  # where nobody says how many
 
 
@@ -70,7 +71,7 @@ def choose(
     if not isinstance(source, str):
         raise ConfigError("plan='auto' reads configurations before weights, and a function has none; name a plan")
     given = keywords or {}
-    dtype = given.get("dtype", given.get("torch_dtype", torch.float32))
+    dtype = given.get("dtype", given.get("torch_dtype", FLOAT32))
     blueprint = open_blueprint(source, dtype, guided)
     costs = Costs(blueprint, blueprint.arguments(*(size or model_size(blueprint))))
     found = calibrated(blueprint, where[0], threads or threads_per_rank(where))

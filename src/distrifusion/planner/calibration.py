@@ -133,10 +133,11 @@ def measure_speed(blueprint: Blueprint, device: torch.device, threads: int) -> S
     before = torch.get_num_threads()
     torch.set_num_threads(threads if device.type == "cpu" else before)
     try:
-        with torch.inference_mode():
+        # Not inference mode, in which composite kernels are not seen as what they are made of.
+        with torch.no_grad():
             rates, bandwidth, launch = _kernels(device, blueprint.dtype)
             memory = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else node_memory().total
-            speed = Speed(_name_of(device), rates, bandwidth, launch, 1.0, memory, "measured here")
+            speed = Speed(_name_of(device), rates, bandwidth, launch, launch, 1.0, memory, "measured here")
             return _agreeing(speed, blueprint, device)
     finally:
         torch.set_num_threads(before)
@@ -187,11 +188,12 @@ def _agreeing(speed: Speed, blueprint: Blueprint, device: torch.device) -> Speed
     (work, seconds) = points[-1]
     if len(points) == 2:
         small, short = points[0]
-        # seconds = computing / factor + kernels * launch, twice.
+        # seconds = computing / factor + what kernels cost, twice.
         more = speed.computing(work) - speed.computing(small)
         factor = max(0.05, min(20.0, more / max(1e-9, seconds - short)))
-        launch = max(0.0, (short - speed.computing(small) / factor) / small.kernels)
-        speed = replace(speed, launch=launch, source=f"{speed.source}, whole calls")
+        others = short - speed.computing(small) / factor - small.others * speed.launch
+        layer = max(0.0, others / small.calls.total())
+        speed = replace(speed, layer=layer, source=f"{speed.source}, whole calls")
     return speed.made_to_take(seconds, work) if speed.launching(work) < seconds else speed
 
 

@@ -35,7 +35,7 @@ class Links:
         within: between devices of one machine.
         between: between devices of different machines.
         per_node: devices of a machine, at least 1.
-        overlap: share of the traffic nobody waits for that hides behind computing while there is enough of it, 0 to 1.
+        overlap: share of the time in which a device computes and sends at once that is really gained, 0 to 1.
         source: where the figures are from.
     """
 

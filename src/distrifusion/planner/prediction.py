@@ -213,7 +213,7 @@ def _time(call: CallWork, rank: int, plan: Plan, speed: Speed, links: Links) -> 
     computing, launching = speed.computing(call.operations) * slower, speed.launching(call.operations)
     waiting = sum(links.seconds(post, rank) for post in call.posts if post.waited)
     under_way = sum(links.seconds(post, rank) for post in call.posts if not post.waited)
-    hidden = min(links.overlap * under_way, computing + launching)
+    hidden = links.overlap * min(under_way, computing + launching)
     return CallTime(computing, launching, waiting, under_way - hidden)
 
 

@@ -19,7 +19,8 @@ class Speed:
         name: of the device.
         rates: operations per second by kind of layer, where there is enough work in a kernel.
         bandwidth: bytes per second that other kernels read and write.
-        launch: seconds that every kernel costs beside that: small bands are less efficient by it.
+        layer: seconds that every kernel of a layer costs beside its operations: small bands are less efficient by it.
+        launch: seconds that every other kernel costs beside its bytes.
         divided: factor by which a divided call takes longer than its share of the work says.
         memory: bytes, 0 if not known.
         source: where the figures are from.
@@ -28,6 +29,7 @@ class Speed:
     name: str
     rates: Mapping[LayerKind, float]
     bandwidth: float
+    layer: float
     launch: float
     divided: float
     memory: int
@@ -39,7 +41,7 @@ class Speed:
 
     def launching(self, work: Operations) -> float:
         """Seconds for the kernels' start."""
-        return work.kernels * self.launch
+        return work.calls.total() * self.layer + work.others * self.launch
 
     def seconds(self, work: Operations) -> float:
         """Seconds for an undivided call."""
@@ -63,25 +65,39 @@ class Speed:
         """From JSON; raises ConfigError on a value that cannot work."""
         try:
             rates = {kind: float(row["rates"][kind]) for kind in LayerKind}
-            numbers = [float(row[name]) for name in ("bandwidth", "launch", "divided")]
+            numbers = [float(row[name]) for name in ("bandwidth", "layer", "launch", "divided")]
             speed = cls(str(row["name"]), rates, *numbers, int(row["memory"]), str(row["source"]))
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"the speed of a device has no usable {error}; calibrate it again") from error
         positive = [*rates.values(), speed.bandwidth, speed.divided]
-        if not all(math.isfinite(x) and x > 0 for x in positive) or not 0 <= speed.launch < math.inf:
+        if not all(math.isfinite(x) and x > 0 for x in positive) or not 0 <= min(speed.layer, speed.launch) < math.inf:
             raise ConfigError(f"the speed of {speed.name} has a rate that is not above 0; calibrate it again")
         return speed
 
 
 _C, _L, _A = LayerKind.CONVOLUTION, LayerKind.LINEAR, LayerKind.ATTENTION
 _SHARE = "two thirds of the dense 16-bit rate for products, half for convolutions and attention"
-_FIT = "launch and divided fitted to half of the published rows of docs/scaling.md"
+_FIT = "layer and divided fitted to half of the published rows of docs/scaling.md"
 DEVICES: dict[str, Speed] = {
     speed.name: speed
     for speed in (
-        Speed("a100", {_C: 156e12, _L: 208e12, _A: 156e12}, 1.5e12, 3e-6, 1.05, 80 * 10**9, f"{_SHARE}; {_FIT}"),
-        Speed("h100", {_C: 495e12, _L: 660e12, _A: 495e12}, 2.7e12, 3e-6, 1.05, 80 * 10**9, f"{_SHARE}; A100's launch"),
-        Speed("l20", {_C: 60e12, _L: 80e12, _A: 60e12}, 0.8e12, 3e-6, 1.05, 48 * 10**9, f"{_SHARE}; A100's launch"),
+        Speed("a100", {_C: 156e12, _L: 208e12, _A: 156e12}, 1.5e12, 20e-6, 2e-6, 1.09, 80 * 10**9, f"{_SHARE}; {_FIT}"),
+        Speed(
+            "h100",
+            {_C: 495e12, _L: 660e12, _A: 495e12},
+            2.7e12,
+            20e-6,
+            2e-6,
+            1.09,
+            80 * 10**9,
+            f"{_SHARE}; A100's launch",
+        ),
+        Speed(
+            "a5000", {_C: 42e12, _L: 56e12, _A: 42e12}, 0.7e12, 20e-6, 2e-6, 1.09, 24 * 10**9, f"{_SHARE}; A100's layer"
+        ),
+        Speed(
+            "l20", {_C: 60e12, _L: 80e12, _A: 60e12}, 0.8e12, 20e-6, 2e-6, 1.09, 48 * 10**9, f"{_SHARE}; A100's launch"
+        ),
     )
 }
 # The device of each link profile, where none is named.

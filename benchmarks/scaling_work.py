@@ -52,6 +52,7 @@ class Shelf:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._costs: dict[tuple[str, int], Costs] = {}
+        self._filled: set[Path] = set()
         folder.mkdir(parents=True, exist_ok=True)
 
     def costs(self, model: str, size: int, *plans: str) -> Costs:
@@ -63,7 +64,10 @@ class Shelf:
             )
             self._costs[key] = Costs(mine, mine.arguments(size, size))
         for plan in map(Plan.parse, plans):
-            self._fill(self._costs[key], plan, self._folder / f"{model}-{size}-{plan}.json")
+            file = self._folder / f"{model}-{size}-{plan}.json"
+            if file not in self._filled:
+                self._filled.add(file)
+                self._fill(self._costs[key], plan, file)
         return self._costs[key]
 
     @staticmethod

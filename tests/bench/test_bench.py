@@ -85,8 +85,8 @@ def test_a_whole_bench(folder: Path, tmp_path: Path) -> None:
     rows = {(r["case"], r["devices"]): r for r in json.loads((tmp_path / "bench.json").read_text())["rows"]}
     assert set(rows) == {("diffusers", 1), ("auto", 1), ("auto", 2), ("cfg2", 2)}
     assert all(r["status"] == "ok" for r in rows.values())
-    # The prediction of one branch, four latent channels of 32 x 32 in fp32, to the other rank.
-    assert rows["cfg2", 2]["sent_per_step"] == 4 * 4 * 32 * 32
+    # The prediction of one branch, four latent channels of 8 x 8 in fp32, to the other rank.
+    assert rows["cfg2", 2]["sent_per_step"] == 4 * 4 * 8 * 8
     assert rows["cfg2", 2]["psnr_db"] > 50 and rows["cfg2", 2]["predicted_per_step"] > 0
     assert list((tmp_path / "traces").iterdir())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -68,11 +69,11 @@ def choose(
         ConfigError, UnsupportedModel: if nothing can be known of the model before it is opened.
     """
     wanted = fidelity(wish)
-    if not isinstance(source, str):
+    if not isinstance(source, str | os.PathLike):
         raise ConfigError("plan='auto' reads configurations before weights, and a function has none; name a plan")
     given = keywords or {}
     dtype = given.get("dtype", given.get("torch_dtype", FLOAT32))
-    blueprint = open_blueprint(source, dtype, guided)
+    blueprint = open_blueprint(os.fspath(source), dtype, guided)
     costs = Costs(blueprint, blueprint.arguments(*(size or model_size(blueprint))))
     found = calibrated(blueprint, where[0], threads or threads_per_rank(where))
     for name, before in found.stale.items():

@@ -45,7 +45,8 @@ def undivided(model: nn.Module, arguments: Arguments) -> Undivided:
     reduced: list[int] = []
     keys: list[int] = []
     hooks = [m.register_forward_hook(_note(reduced)) for m in model.modules() if _is_summed(m)]
-    hooks += [m.to_k.register_forward_hook(_note(keys)) for m in model.modules() if _is_self_attention(m)]
+    projections = [m.get_submodule("to_k") for m in model.modules() if _is_self_attention(m)]
+    hooks += [projection.register_forward_hook(_note(keys)) for projection in projections]
     try:
         with torch.no_grad(), Counting(model) as counting:
             model(**arguments)

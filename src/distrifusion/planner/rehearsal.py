@@ -71,10 +71,7 @@ class CallWork:
     @classmethod
     def from_dict(cls, row: Mapping[str, Any]) -> Self:
         """From JSON."""
-        posts = [
-            Post(*({int(rank): n for rank, n in way.items()} for way in (sent, received)), waited)
-            for sent, received, waited in row["posts"]
-        ]
+        posts = [Post(_numbered(sent), _numbered(received), waited) for sent, received, waited in row["posts"]]
         return cls(Operations.from_dict(row["operations"]), Counter(row["sent"]), posts, row["kept"])
 
 
@@ -141,6 +138,11 @@ class _Silence:
 
     def wait(self) -> None:
         self.post.waited |= self.transport.call == self.call
+
+
+def _numbered(by_rank: Mapping[str, int]) -> dict[int, int]:
+    """JSON has no keys but text."""
+    return {int(rank): n for rank, n in by_rank.items()}
 
 
 def _by_peer(messages: Sequence[Message]) -> dict[int, int]:

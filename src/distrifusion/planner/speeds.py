@@ -65,10 +65,11 @@ class Speed:
         """From JSON; raises ConfigError on a value that cannot work."""
         try:
             rates = {kind: float(row["rates"][kind]) for kind in LayerKind}
-            numbers = [float(row[name]) for name in ("bandwidth", "layer", "launch", "divided")]
-            speed = cls(str(row["name"]), rates, *numbers, int(row["memory"]), str(row["source"]))
+            bandwidth, layer, launch, divided = (float(row[n]) for n in ("bandwidth", "layer", "launch", "divided"))
+            name, memory, source = str(row["name"]), int(row["memory"]), str(row["source"])
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"the speed of a device has no usable {error}; calibrate it again") from error
+        speed = cls(name, rates, bandwidth, layer, launch, divided, memory, source)
         positive = [*rates.values(), speed.bandwidth, speed.divided]
         if not all(math.isfinite(x) and x > 0 for x in positive) or not 0 <= min(speed.layer, speed.launch) < math.inf:
             raise ConfigError(f"the speed of {speed.name} has a rate that is not above 0; calibrate it again")
@@ -81,7 +82,7 @@ _FIT = "layer and divided fitted to half of the published rows of docs/scaling.m
 DEVICES: dict[str, Speed] = {
     speed.name: speed
     for speed in (
-        Speed("a100", {_C: 156e12, _L: 208e12, _A: 156e12}, 1.5e12, 20e-6, 2e-6, 1.09, 80 * 10**9, f"{_SHARE}; {_FIT}"),
+        Speed("a100", {_C: 156e12, _L: 208e12, _A: 156e12}, 1.5e12, 15e-6, 2e-6, 1.12, 80 * 10**9, f"{_SHARE}; {_FIT}"),
         Speed(
             "h100",
             {_C: 495e12, _L: 660e12, _A: 495e12},
@@ -93,10 +94,10 @@ DEVICES: dict[str, Speed] = {
             f"{_SHARE}; A100's launch",
         ),
         Speed(
-            "a5000", {_C: 42e12, _L: 56e12, _A: 42e12}, 0.7e12, 20e-6, 2e-6, 1.09, 24 * 10**9, f"{_SHARE}; A100's layer"
+            "a5000", {_C: 42e12, _L: 56e12, _A: 42e12}, 0.7e12, 15e-6, 2e-6, 1.12, 24 * 10**9, f"{_SHARE}; A100's layer"
         ),
         Speed(
-            "l20", {_C: 60e12, _L: 80e12, _A: 60e12}, 0.8e12, 20e-6, 2e-6, 1.09, 48 * 10**9, f"{_SHARE}; A100's launch"
+            "l20", {_C: 60e12, _L: 80e12, _A: 60e12}, 0.8e12, 15e-6, 2e-6, 1.12, 48 * 10**9, f"{_SHARE}; A100's launch"
         ),
     )
 }

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from distrifusion.denoiser import ParallelDenoiser
-from distrifusion.errors import ConfigError, DistrifusionError, PlanError
+from distrifusion.errors import ConfigError, DistrifusionError
 from distrifusion.memory.free import size_in_words
 from distrifusion.plan import Plan
 from distrifusion.planner.candidates import Fidelity, fidelity_of, plans
@@ -113,7 +113,8 @@ def rank(
     predictions, refused = [], []
     for plan in _all_plans(costs, {1, *counts}, wish, pictures):
         try:
-            if drawable_only or not plan.owns_weights:
+            # All others are drawn with by being rehearsed.
+            if drawable_only and plan.owns_weights:
                 check_drawable(model, plan)
             prediction = alone if plan == Plan() else predict(costs, plan, speed, links, steps, outside)
         except DistrifusionError as error:
@@ -143,12 +144,8 @@ def _choose(predictions: Sequence[Prediction]) -> Prediction:
 
 def check_drawable(model: Any, plan: Plan) -> None:
     """Check that this library can draw with a plan; raises PlanError or UnsupportedModel where it cannot."""
-    if plan.num_ranks == 1:
-        return
     denoiser = ParallelDenoiser(model, plan, SilentTransport(0, plan.num_ranks, {}))
     try:
         denoiser.attach()
-    except NotImplementedError as error:
-        raise PlanError(f"plan '{plan}': {error}") from error
     finally:
         denoiser.detach()

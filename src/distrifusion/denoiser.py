@@ -164,7 +164,8 @@ class ParallelDenoiser(Division):
             timestep = take_rows(layout.rows, num_rows, timestep)
         past_warmup = self._pacing.past_warmup(state)
         self.exchange.begin(self._pacing.policy(layout.team, layout.index, state, timestep, call.sample.device))
-        if state is not None and state.calls == 0 and self.plan.kept and (question := self._rule.question(call)):
+        keeps = state is not None and state.calls == 0 and self.plan.kept and not call.sample.is_meta
+        if keeps and (question := self._rule.question(call)):
             check_fits(question, self.plan, self.exchange, call.sample.device)
         result = self._rule.compute(forward, call, layout, state.calls if state else 0, past_warmup)
         decide = self._pacing.announce(state, self.prefix, call.sample)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from diffusers import DiffusionPipeline
 from distrifusion.errors import ConfigError
 from distrifusion.in_place import parallelize
 from distrifusion.plan import Plan
+from distrifusion.planner import auto
 from distrifusion.runtime import devices as device_specs
 from distrifusion.runtime import source as sources
 from distrifusion.runtime.in_process import InProcessPipeline, TorchrunPlace
@@ -20,6 +22,7 @@ from distrifusion.runtime.pipeline import LoadedPipeline
 from distrifusion.runtime.processes import Crew
 from distrifusion.runtime.spawned import SpawnedPipeline
 
+_LOGGER = logging.getLogger(__name__)
 _BACKENDS = {"gloo": ("cpu", "gloo"), "nccl": ("cuda", "cpu:gloo,cuda:nccl")}
 
 
@@ -28,6 +31,8 @@ def load(
     devices: device_specs.DeviceSpec = None,
     plan: Plan | str | None = None,
     *,
+    fidelity: str = "exact",
+    size: tuple[int, int] | None = None,
     backend: str | None = None,
     threads: int | None = None,
     step_timeout: float = 600.0,
@@ -48,6 +53,10 @@ def load(
             ["cpu", "cpu"]), or which kind ("cuda": all GPUs, "cpu": as many processes as the plan has ranks).
             None: as many as the plan has ranks; without a plan all GPUs, or one CPU.
         plan: what to divide, such as "cfg2.patch2" or "patch4.displaced.w4". None: the exact plan for the devices.
+            "auto": the one predicted to be fastest on this machine that keeps `fidelity`, on as many of the devices as
+            help; the machine is measured for some seconds the first time.
+        fidelity: what "auto" may take: "exact", "close" or "any".
+        size: width and height in pixels that "auto" plans for. None: those the model was made for.
         backend: "gloo" for CPU ranks, "nccl" for GPU ranks. None: the one that fits the devices.
         threads: CPU threads of every rank, at least 1. None: the cores divided by the ranks; one device, and a rank
             of torchrun, keep their process's own setting.
@@ -61,14 +70,24 @@ def load(
         UnsupportedModel: if the plan divides a model that has a layer without a rule.
         RankFailed, StepTimeout: if a rank fails alone, or starting passes its limit.
     """
-    wanted = None if plan is None else Plan.parse(plan)
+    automatic = isinstance(plan, str) and plan.strip().lower() == auto.AUTO
+    wanted = None if plan is None or automatic else Plan.parse(plan)
     _check_numbers(threads, step_timeout, start_timeout)
     place = TorchrunPlace.of(os.environ)
+    if place is not None and automatic:
+        raise ConfigError(
+            "plan='auto' may take fewer devices than torchrun has started; ask `distrifusion plan` and name it"
+        )
     if place is not None:
         return _join(place, sources.find(source, from_pretrained), devices, wanted, backend, threads, step_timeout)
     where, chosen = device_specs.resolve(devices, wanted)
     group_backend = _group_backend(backend, where[0])
     found = sources.find(source, from_pretrained)
+    if automatic:
+        ranking = auto.choose(source, where, wish=fidelity, size=size, threads=threads, keywords=from_pretrained)
+        chosen = ranking.chosen.plan
+        where = where[: chosen.num_ranks]
+        _LOGGER.info("plan 'auto': %s", ranking.reason)
     found.check_plan(chosen)
     if len(where) == 1:
         return InProcessPipeline(found.open(where[0]), chosen, where, threads)

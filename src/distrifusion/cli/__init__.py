@@ -6,8 +6,10 @@ from typing import Annotated
 
 import typer
 
+from distrifusion.cli.bench import bench
 from distrifusion.cli.doctor import doctor
 from distrifusion.cli.models import models
+from distrifusion.cli.plan import plan
 from distrifusion.cli.run import run
 from distrifusion.cli.verify import verify
 
@@ -40,5 +42,5 @@ def main(
     """
 
 
-for command in (run, verify, doctor, models):
+for command in (run, verify, plan, bench, doctor, models):
     app.command()(command)

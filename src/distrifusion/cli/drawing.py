@@ -21,6 +21,7 @@ class Wish:
 
     Attributes:
         call: arguments of the pipeline's call that are taken as they are; None where nothing was typed.
+        fidelity: what a plan that is chosen may be; None where nothing was typed.
     """
 
     model: str
@@ -30,6 +31,51 @@ class Wish:
     scheduler: str | None
     dtype: str
     call: dict[str, Any]
+    fidelity: str | None = None
+
+    @property
+    def automatic(self) -> bool:
+        """Whether the plan is to be chosen.
+
+        Raises:
+            ConfigError: if a fidelity was typed for a plan that is not.
+        """
+        automatic = self.plan is not None and self.plan.strip().lower() == "auto"
+        if self.fidelity is not None and not automatic:
+            raise ConfigError("--fidelity says what --plan auto may take; a plan that is named has its own")
+        return automatic
+
+    def choose(self, arguments: dict[str, Any]) -> tuple[str, DeviceSpec]:
+        """The plan for a call, and as many of the devices as it takes; says why.
+
+        Args:
+            arguments: of the pipeline's call.
+
+        Raises:
+            ConfigError: if nothing can be known of the model before it is opened.
+        """
+        import typer
+
+        from distrifusion.planner import auto
+        from distrifusion.runtime import devices
+
+        refuse_torchrun("--plan auto")
+        where, _ = devices.resolve(self.device_spec(), None)
+        size = (arguments["width"], arguments["height"]) if arguments.keys() >= {"width", "height"} else None
+        guidance = arguments.get("guidance_scale")
+        ranking = auto.choose(
+            self.model,
+            where,
+            wish=self.fidelity or "exact",
+            size=size,
+            steps=arguments["num_inference_steps"],
+            guided=guidance is None or guidance > 1,
+            keywords=dtype_keyword(self.dtype),
+            say=lambda text: typer.echo(text, err=True),
+        )
+        typer.echo(ranking.reason, err=True)
+        plan = ranking.chosen.plan
+        return str(plan), list(where[: plan.num_ranks])
 
     def arguments(self) -> dict[str, Any]:
         """Arguments of the pipeline's call, checked against its class before any weight is read.
@@ -101,7 +147,7 @@ def dtype_keyword(name: str) -> dict[str, Any]:
 
 
 def refuse_torchrun(what: str) -> None:
-    """Refuse a command that also draws on one device after all others.
+    """Refuse what has to do with one device alone.
 
     Raises:
         ConfigError: if torchrun started this process.
@@ -109,7 +155,7 @@ def refuse_torchrun(what: str) -> None:
     from distrifusion.runtime.in_process import TorchrunPlace
 
     if TorchrunPlace.of(os.environ) is not None:
-        raise ConfigError(f"{what} draws on one device after all others, which torchrun's ranks cannot; leave it out")
+        raise ConfigError(f"{what} may draw on one device alone, which torchrun's ranks cannot; leave it out")
 
 
 def quiet_libraries() -> None:

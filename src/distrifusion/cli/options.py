@@ -140,6 +140,17 @@ Devices = Annotated[
         rich_help_panel=DIVISION,
     ),
 ]
+WishedFidelity = Annotated[
+    str | None,
+    typer.Option(
+        "--fidelity",
+        metavar="WISH",
+        help="With --plan auto, how near to one device's pictures: exact (to rounding), close (about 45 dB and more on "
+        r"the embedded model), any. [dim]\[default: exact][/dim]",
+        show_default=False,
+        rich_help_panel=DIVISION,
+    ),
+]
 Trace = Annotated[
     Path | None,
     typer.Option(

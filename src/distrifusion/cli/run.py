@@ -103,13 +103,15 @@ def run(
             metavar="PLAN",
             help="What to divide: words joined by dots. cfg2: the two branches of guidance; dp2: several pictures; "
             "patch4: four bands of rows; displaced: old keys and values, not exact; forecast: nearer; delta4: few "
-            "bytes, for slow links; w4: warm-up calls that stay exact; tp2: the weights of every layer; for "
-            "transformers also ulysses2 and ring2. docs/methods.md says which to take. "
+            "bytes, for slow links; w4: warm-up calls that stay exact; tp2: the weights of every layer; async2: parts of "
+            "the network at once; for transformers also ulysses2, ring2 and pipe2. docs/methods.md says which to take. "
+            "auto: the fastest on this machine that keeps --fidelity. "
             r"[dim]\[default: the exact plan for the devices][/dim]",
             show_default=False,
             rich_help_panel=options.DIVISION,
         ),
     ] = None,
+    fidelity: options.WishedFidelity = None,
     out: Annotated[
         Path,
         typer.Option(
@@ -161,7 +163,7 @@ def run(
     }
     with spoken_errors():
         order = Order(
-            Wish(model, devices, plan, size, scheduler, dtype, call),
+            Wish(model, devices, plan, size, scheduler, dtype, call, fidelity),
             Edit.of(image, mask_image, strength),
             secrets.randbelow(2**32) if seed is None else options.check_seed(seed),
             lora,
@@ -276,6 +278,8 @@ def _draw(order: Order, out: Path, compare: bool, answer: options.Format) -> Non
     source, keywords = order.source()
     order.wish.scheduler_class()
     plan, spec = order.wish.plan, order.wish.device_spec()
+    if order.wish.automatic:
+        plan, spec = order.wish.choose(arguments)
     if compare:
         _check_comparable(spec, plan)
     with load(source, spec, plan, **keywords) as pipe:

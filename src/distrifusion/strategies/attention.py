@@ -110,7 +110,7 @@ def attend_with_sum(
     The kernels behind `scaled_dot_product_attention` know that sum; those that do not give it are not used.
     """
     aten = torch.ops.aten
-    if query.device.type == "cpu":
+    if query.device.type in ("cpu", "meta"):
         return aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, attn_mask=bias, scale=scale)
     if query.device.type == "cuda" and bias is None:
         facts = torch.backends.cuda.SDPAParams(query, key, value, None, 0.0, False, False)

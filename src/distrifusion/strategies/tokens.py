@@ -180,7 +180,8 @@ class TokenStrategy:
         team, place = self.step.team, self.step.index
         key = (site.name, team, self.step.piece, tuple(self._wholes.items()))
         if key not in self._told:
-            numbers = torch.tensor(own, device=like.device)
+            # On the meta device numbers have values where tokens have none.
+            numbers = torch.tensor(own, device="cpu" if like.is_meta else like.device)
             others = {rank: numbers.shape for rank in team if rank != team[place]}
             received = self._exchange.collect(f"{site.name}.lengths", numbers, others).wait()
             by_place = [received.get(rank, numbers).tolist() for rank in team]

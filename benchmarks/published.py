@@ -1,0 +1,118 @@
+"""Published figures that the cost model is checked with, and the networks they were measured on, without weights.
+
+Sources: DistriFusion (arXiv 2402.19481): SDXL, 50 DDIM steps, A100 with NVLink. An independent measurement of it on
+four A100. PipeFusion (arXiv 2405.14430): PixArt-alpha, 20 steps. AsyncDiff (arXiv 2406.06911): SDXL, 50 steps, A5000.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from diffusers import PixArtTransformer2DModel, UNet2DConditionModel
+
+from distrifusion.planner.blueprint import Blueprint, of_config
+
+SDXL = {
+    "sample_size": 128,
+    "in_channels": 4,
+    "out_channels": 4,
+    "block_out_channels": (320, 640, 1280),
+    "layers_per_block": 2,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 2, 10),
+    "attention_head_dim": (5, 10, 20),
+    "cross_attention_dim": 2048,
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+PIXART = {
+    "sample_size": 128,
+    "in_channels": 4,
+    "out_channels": 8,
+    "num_layers": 28,
+    "attention_head_dim": 72,
+    "num_attention_heads": 16,
+    "cross_attention_dim": 1152,
+    "caption_channels": 4096,
+    "use_additional_conditions": True,
+}
+# Text encoders and VAE in fp16: CLIP-L and bigG with SDXL, T5 XXL with PixArt.
+_OTHERS = {"sdxl": 1_800_000_000, "pixart": 9_700_000_000}
+
+
+def blueprint(model: str) -> Blueprint:
+    """SDXL or PixArt-alpha in fp16."""
+    cls, config = (UNet2DConditionModel, SDXL) if model == "sdxl" else (PixArtTransformer2DModel, PIXART)
+    return of_config(model, cls, config, torch.float16, _OTHERS[model])
+
+
+@dataclass(frozen=True)
+class Row:
+    """One published figure.
+
+    Attributes:
+        model: sdxl or pixart.
+        size: pixels each way.
+        plan: what comes nearest to the published method in our words.
+        profile: links.
+        device: the GPU.
+        steps: denoising steps.
+        alone: published seconds of one device; an input.
+        seconds: published seconds of the plan.
+        fitted: the row is one that constants are fitted on; the others check them.
+    """
+
+    model: str
+    size: int
+    plan: str
+    profile: str
+    device: str
+    steps: int
+    alone: float
+    seconds: float
+    fitted: bool
+
+
+def _sdxl(size: int, plan: str, alone: float, seconds: float, fitted: bool) -> Row:
+    return Row("sdxl", size, plan, "nvlink-a100", "a100", 50, alone, seconds, fitted)
+
+
+def _pixart(size: int, plan: str, profile: str, device: str, alone: float, seconds: float, fitted: bool) -> Row:
+    return Row("pixart", size, plan, profile, device, 20, alone, seconds, fitted)
+
+
+def _async(plan: str, seconds: float) -> Row:
+    return Row("sdxl", 1024, plan, "pcie4", "a5000", 50, 13.81, seconds, fitted=False)
+
+
+# Every second row of the first two tables is fitted on. The slowdown on PCIe is not, nor is anything in depth.
+ROWS = (
+    _sdxl(1024, "cfg2", 5.02, 3.35, True),
+    _sdxl(1024, "cfg2.patch2.displaced.all", 5.02, 2.26, False),
+    _sdxl(1024, "cfg2.patch4.displaced.all", 5.02, 1.77, True),
+    _sdxl(2048, "cfg2", 23.7, 13.3, False),
+    _sdxl(2048, "cfg2.patch2.displaced.all", 23.7, 7.60, True),
+    _sdxl(2048, "cfg2.patch4.displaced.all", 23.7, 4.81, False),
+    _sdxl(3840, "cfg2", 140.0, 76.6, True),
+    _sdxl(3840, "cfg2.patch2.displaced.all", 140.0, 41.3, False),
+    _sdxl(3840, "cfg2.patch4.displaced.all", 140.0, 22.9, True),
+    _sdxl(2048, "cfg2.patch2.displaced.all", 25.25, 8.27, False),
+    _sdxl(2048, "cfg2.patch2", 25.25, 8.64, True),
+    _pixart(1024, "patch4.displaced", "pcie4", "a100", 2.085, 2.33, False),
+    _pixart(1024, "ulysses4", "pcie4", "a100", 2.085, 1.74, True),
+    _pixart(1024, "pipe4.m4.w0", "pcie4", "a100", 2.085, 0.866, False),
+    _pixart(1024, "patch8.displaced", "nvlink-a100", "a100", 2.085, 0.765, True),
+    _pixart(1024, "pipe8.m8.w0", "nvlink-a100", "a100", 2.085, 0.969, False),
+    _pixart(4096, "pipe8.m8.w0", "pcie4", "l20", 306.6, 71.1, False),
+    _async("async2.w2", 8.00),
+    _async("async3.w2", 5.84),
+    _async("async4.w2", 5.12),
+    _async("async2.stride2.w2", 4.91),
+    _async("async3.stride2.w2", 3.65),
+)
+# PixArt at 1024, 2048, 4096 pixels on 8 devices: published GB of DistriFusion's implementation, and of one device.
+MEMORY = {1024: (14.3, 12.3), 2048: (20.4, 12.9), 4096: (45.1, 15.5)}

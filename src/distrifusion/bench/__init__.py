@@ -1,0 +1,1 @@
+"""Plans measured against a plain diffusers pipeline and against each other, in one run."""

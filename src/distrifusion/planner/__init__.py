@@ -1,0 +1,1 @@
+"""Which plan, how fast, how sure: what plans cost on devices that are here or are not, and which one is taken."""

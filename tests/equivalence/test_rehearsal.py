@@ -1,0 +1,128 @@
+"""What is rehearsed without values and without peers is what ranks compute and send: counted, on tiny classes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from listening import traffic
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from distrifusion import Plan
+from distrifusion.memory.prediction import pool_bytes
+from distrifusion.nested import map_tensors
+from distrifusion.planner.operations import Counting, LayerKind
+from distrifusion.planner.rehearsal import rehearse
+from models import UNETS, moved, sdxl_unet, share_weights, unet_inputs
+from transformers_tiny import FAMILIES
+
+
+def on_meta(value: Any) -> Any:
+    return map_tensors(value, lambda x: x.to("meta"))
+
+
+def operations_of(model: torch.nn.Module, inputs: dict[str, Any]) -> Counter[LayerKind]:
+    with torch.no_grad(), Counting() as counting:
+        model(**inputs)
+    return counting.operations.flops
+
+
+@pytest.mark.parametrize("name", UNETS)
+def test_operations_of_a_unet_are_those_that_torch_counts(name: str) -> None:
+    unet = UNETS[name]()
+    inputs = unet_inputs(unet, 2, 20, 16)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        unet(**inputs)
+    real = operations_of(unet, inputs)
+    assert real.total() == counter.get_total_flops()
+    assert set(real) == set(LayerKind) and min(real.values()) > 0
+    assert operations_of(share_weights(unet).to("meta"), on_meta(inputs)) == real
+
+
+@pytest.mark.parametrize("name", ["SD3", "FLUX.1 dev", "PixArt-Sigma", "Hunyuan-DiT"])
+def test_operations_of_a_transformer_are_those_that_torch_counts(name: str) -> None:
+    model, inputs = FAMILIES[name].make(), FAMILIES[name].inputs(2, 8, 6)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(**inputs)
+    assert operations_of(model, inputs).total() == counter.get_total_flops()
+    assert operations_of(model.to("meta"), on_meta(inputs)).total() == counter.get_total_flops()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "patch2",
+        "patch3",
+        "cfg2.patch2",
+        "patch3.displaced.w0",
+        "cfg2.patch2.displaced.all.w0",
+        "patch2.displaced.forecast.w0",
+        "patch3.delta4",
+        "patch2.displaced.delta8.w0",
+        "dp2",
+    ],
+)
+def test_every_rank_of_a_unet_sends_the_bytes_that_it_rehearsed(text: str) -> None:
+    plan = Plan.parse(text)
+    unet = sdxl_unet()
+    inputs = unet_inputs(unet, 2, 20, 16)
+    first, later = traffic(unet, plan, [inputs]), traffic(unet, plan, [inputs, moved(inputs)])
+    meta = share_weights(unet).to("meta")
+    for rank in range(plan.num_ranks):
+        rehearsed = rehearse(meta, plan, on_meta(inputs), rank)
+        # Where something is kept, ranks first tell each other their place and what is free there.
+        asked = Counter(exit=2 * 8 * (plan.num_ranks - 1)) if plan.kept else Counter[str]()
+        assert rehearsed.fresh.sent + asked == Counter(first[rank].by_kind)
+        assert rehearsed.steady.sent == Counter(later[rank].by_kind)
+        steady = rehearsed.steady
+        assert steady.kept == pool_bytes(meta, plan, rank, inputs["sample"].shape, torch.float32).total()
+        to_peers = sum((Counter(post.sent) for post in steady.posts), Counter[int]())
+        really = Counter[int]()
+        for message in later[rank].messages:
+            really[message.peer] += message.tensor.nbytes
+        assert to_peers == really
+
+
+@pytest.mark.parametrize("text", ["patch3", "patch2.displaced.w0", "ring3", "ulysses2.ring2"])
+def test_every_rank_of_a_transformer_sends_the_bytes_that_it_rehearsed(text: str) -> None:
+    """35 tokens and 7 words divide among none of these: each rank hears what the others have."""
+    plan = Plan.parse(text)
+    model, inputs = FAMILIES["FLUX.1 dev"].make(), FAMILIES["FLUX.1 dev"].inputs(2, 7, 5)
+    first, later = traffic(model, plan, [inputs]), traffic(model, plan, [inputs, moved(inputs)])
+    meta = share_weights(model).to("meta")
+    for rank in range(plan.num_ranks):
+        rehearsed = rehearse(meta, plan, on_meta(inputs), rank)
+        assert rehearsed.fresh.sent == Counter(first[rank].by_kind)
+        assert rehearsed.steady.sent == Counter(later[rank].by_kind)
+
+
+def test_what_is_displaced_is_not_waited_for_in_its_call() -> None:
+    meta, inputs = sdxl_unet().to("meta"), on_meta(unet_inputs(sdxl_unet(), 2, 20, 16))
+    fresh, stale, everything = (
+        rehearse(meta, Plan.parse(text), inputs).steady
+        for text in ("patch2", "patch2.displaced", "patch2.displaced.all")
+    )
+    assert all(post.waited for post in fresh.posts)
+    later = sum(sum(post.sent.values()) for post in stale.posts if not post.waited)
+    assert later == stale.sent["kv"]
+    assert [post.waited for post in everything.posts].count(True) == 1  # the prediction
+
+
+def test_a_rehearsal_leaves_the_model_as_it_was() -> None:
+    meta, inputs = sdxl_unet().to("meta"), on_meta(unet_inputs(sdxl_unet(), 2, 20, 16))
+    rehearse(meta, Plan.parse("patch2.displaced"), inputs)
+    assert not any("forward" in vars(module) for module in meta.modules())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in meta.modules())
+
+
+def test_ranks_together_compute_what_one_does_and_little_more() -> None:
+    meta, inputs = sdxl_unet().to("meta"), on_meta(unet_inputs(sdxl_unet(), 2, 20, 16))
+    alone = operations_of(meta, inputs).total()
+    for text in ("cfg2", "patch2", "cfg2.patch2"):
+        plan = Plan.parse(text)
+        ranks = [rehearse(meta, plan, inputs, r).fresh.operations.total for r in range(plan.num_ranks)]
+        assert alone <= sum(ranks) <= 1.3 * alone
+        assert max(ranks) < alone

@@ -13,7 +13,7 @@ from division import EXACT, errors, on_ranks, predictions
 from distrifusion import Plan, PlanError
 from distrifusion.denoiser import ParallelDenoiser
 from distrifusion.exchange.virtual import VirtualTransport, VirtualWorld
-from models import moved, relative_error, run_request, unet_inputs
+from models import moved, relative_error, run_request, sdxl_unet, unet_inputs
 from transformers_tiny import FAMILIES, sd3
 
 UNET_PLANS = [
@@ -109,16 +109,16 @@ def test_the_error_shrinks_with_the_movement(sdxl: UNet2DConditionModel) -> None
 
 @pytest.mark.supports("plan", "async<N>.forecast")
 @pytest.mark.parametrize("stride", ["", ".stride2"])
-def test_a_forecast_follows_an_input_that_moves_evenly_in_uneven_steps_of_time(
-    sdxl: UNet2DConditionModel, stride: str
-) -> None:
-    times = [900, 860, 800, 720, 690, 640, 580]
-    start, end = (unet_inputs(sdxl, 1, 17, 9, seed=seed) for seed in (3, 4))
-    # The timestep that the model embeds stays, so that the input alone moves.
+def test_a_forecast_follows_an_input_that_moves_evenly_in_uneven_steps_of_time(stride: str) -> None:
+    model = sdxl_unet()
+    # The same for every timestep, so that the input alone moves.
+    model.get_time_embed = lambda sample, timestep: torch.zeros(1, 16)
+    start, end = (unet_inputs(model, 1, 17, 9, seed=seed) for seed in (3, 4))
     way = end["sample"] - start["sample"]
+    times = [900, 860, 800, 750, 710, 650, 600, 540, 500]
     steps = [{**start, "sample": start["sample"] + way * (900 - t) / 5000, "timestep": torch.tensor(t)} for t in times]
-    plain, carried = (errors(sdxl, f"async2{stride}{word}.w1", steps) for word in ("", ".forecast100"))
-    assert max(carried[3:]) < max(plain[3:]) / 2
+    plain, carried = (errors(model, f"async2{stride}{word}.w1", steps) for word in ("", ".forecast100"))
+    assert max(carried[-3:]) < max(plain[-3:]) / 2
 
 
 def test_a_call_of_another_kind_within_a_run_is_watched_and_goes_on(sdxl: UNet2DConditionModel) -> None:
@@ -158,7 +158,8 @@ def test_a_rank_runs_the_layers_of_its_component_alone(sdxl: UNet2DConditionMode
     def work(model: UNet2DConditionModel, denoiser: ParallelDenoiser) -> list[set[str]]:
         ran: list[set[str]] = []
         for name, module in model.named_modules():
-            if isinstance(module, torch.nn.Conv2d | torch.nn.Linear) and "emb" not in name:
+            # A layer of the chain is called and does not run; what lies in it tells.
+            if isinstance(module, torch.nn.Conv2d | torch.nn.Linear) and "emb" not in name and "." in name:
                 module.register_forward_pre_hook(lambda *_, name=name: ran[-1].add(name))
         denoiser.open("request")
         for _ in range(3):

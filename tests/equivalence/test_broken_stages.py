@@ -75,4 +75,4 @@ def test_the_gate_of_an_input_given_again_sees(spoil: Break, family: str, monkey
     steps = [x, *6 * [y]]
     assert errors(model, "pipe2.m3.w0", steps)[-1] <= EXACT
     spoil(monkeypatch)
-    assert errors(model, "pipe2.m3.w0", steps)[-1] > FAR_OVER
+    assert not errors(model, "pipe2.m3.w0", steps)[-1] <= FAR_OVER  # places that were never written hold anything

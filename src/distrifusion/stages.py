@@ -17,7 +17,7 @@ from distrifusion.anatomy.base import Anatomy, Site
 from distrifusion.anatomy.blocks import BlockSite, blocks_of, operations
 from distrifusion.anatomy.tokens import TokenAnatomy, TokenAttentionSite, TokenCall
 from distrifusion.errors import PlanError
-from distrifusion.exchange.arriving import Arriving
+from distrifusion.exchange.arriving import Arriving, arrive, complete
 from distrifusion.exchange.verbs import Exchange
 from distrifusion.mesh import AttentionAxes, CallLayout, StagePlace
 from distrifusion.nested import map_tensors, take_rows
@@ -148,7 +148,7 @@ class StageRule:
             return None
         wanted = None if shapes is None else bands_of(sample, shapes.pieces, shapes.picture)
         if not self._anatomy.local or sample.bands != wanted:
-            sample.complete()
+            complete(sample)
             return None
         call.bound.arguments[self._anatomy.sample] = sample.so_far()
         return sample
@@ -177,7 +177,7 @@ class StageRule:
         for piece in pieces:
             flow.turn(piece)
             if latents is not None and flow.place.stage == 0:
-                Arriving.arrive(latents, piece.index)
+                arrive(latents, piece.index)
             result = self._run(forward, call, flow)
             predictions = predictions or Predictions(
                 self._exchange, self._prefix, flow.place, layout, pieces, flow.picture
@@ -185,7 +185,7 @@ class StageRule:
             if flow.place.last:
                 predictions.give(piece, result)
         if latents is not None:
-            Arriving.complete(latents)
+            complete(latents)
         assert predictions is not None
         return map_tensors(result, partial(predictions.take, num_rows))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,7 +19,7 @@ from distrifusion.errors import PlanError
 from distrifusion.exchange.arriving import Arriving, arrive, complete
 from distrifusion.exchange.verbs import Exchange
 from distrifusion.mesh import AttentionAxes, CallLayout, StagePlace
-from distrifusion.nested import map_tensors, take_rows
+from distrifusion.nested import map_tensors
 from distrifusion.partition import Interval
 from distrifusion.plan import Plan
 from distrifusion.predictions import Predictions, bands_of
@@ -30,6 +29,7 @@ from distrifusion.strategies.pipefusion import Flow, PieceAttention, StageStrate
 from distrifusion.strategies.tokens import TokenStrategy, TooFewTokens
 from distrifusion.strategies.ulysses import UlyssesAttention
 from distrifusion.strategies.weights import set_aside
+from distrifusion.tokens import keep_rows, run_part
 
 _NOMINAL_TOKENS = 4096  # by which attention is weighed against all else, to balance stages before a call is known
 
@@ -131,7 +131,7 @@ class StageRule:
         shapes = self._shapes.get(key) if past_warmup else None
         in_pieces = shapes is not None and len(shapes.pieces) > 1
         latents = self._latents(call, shapes if in_pieces else None)
-        self._take_rows(call, layout, num_rows)
+        keep_rows(call, layout.rows)
         place = StagePlace.of(self._plan, layout)
         if shapes is not None and in_pieces:
             flow = Flow(place, shapes.pieces[0], shapes.picture, shapes.streams)
@@ -152,13 +152,6 @@ class StageRule:
             return None
         call.bound.arguments[self._anatomy.sample] = sample.so_far()
         return sample
-
-    @staticmethod
-    def _take_rows(call: TokenCall, layout: CallLayout, num_rows: int) -> None:
-        take = partial(take_rows, layout.rows, num_rows)
-        for name, value in call.bound.arguments.items():
-            if name not in call.tokens:
-                call.bound.arguments[name] = map_tensors(value, take)
 
     def _flow(
         self,
@@ -193,23 +186,14 @@ class StageRule:
         place = flow.place
         axes = AttentionAxes.of(self._plan, len(place.group), place.index)
         step = TokenStep(place.group, place.index, axes, piece=flow.piece)
+        run = partial(run_part, self._tokens, self._anatomy, forward, call)
         try:
-            return self._forward(forward, call, step)
+            return run(step)
         except TooFewTokens:
             # Before anything was sent: every rank of the stage then has all tokens.
             own = place.group[place.index :][:1]
             alone = AttentionAxes((0,), (0,), (0, 0))
-            return self._forward(forward, call, replace(step, team=own, index=0, axes=alone))
-
-    def _forward(self, forward: Callable[..., Any], call: TokenCall, step: TokenStep) -> Any:
-        self._tokens.begin(step)
-        given = dict(call.bound.arguments)
-        for cut in self._anatomy.own_cuts:
-            name = str(cut.tensor)
-            if name in given:
-                given[name] = self._tokens.cut(cut, given[name])
-        bound = inspect.BoundArguments(call.bound.signature, given)
-        return forward(*bound.args, **bound.kwargs)
+            return run(replace(step, team=own, index=0, axes=alone))
 
     def _shapes_of(self, call: TokenCall, picture: int) -> Shapes:
         """How calls of this shape are cut: in as many pieces as asked for, fewer where a stream has fewer tokens."""

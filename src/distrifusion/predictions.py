@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from distrifusion.exchange.arriving import Arriving, Bands
+from distrifusion.exchange.arriving import Arriving, Bands, arrive
 from distrifusion.exchange.handles import Swap
 from distrifusion.exchange.verbs import Exchange
 from distrifusion.mesh import CallLayout, StagePlace
@@ -89,7 +89,7 @@ class Predictions:
             return whole
         arriving = Arriving.of(whole, bands, partial(_fill, coming))
         # By its first piece every rank knows that every other is in this call.
-        arriving.arrive(0)
+        arrive(arriving, 0)
         self._exchange.underway.follow(arriving)
         return arriving
 

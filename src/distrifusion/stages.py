@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,10 +16,10 @@ from distrifusion.anatomy.base import Anatomy, Site
 from distrifusion.anatomy.blocks import BlockSite, blocks_of, operations
 from distrifusion.anatomy.tokens import TokenAnatomy, TokenAttentionSite, TokenCall
 from distrifusion.errors import PlanError
-from distrifusion.exchange.arriving import Arriving
+from distrifusion.exchange.arriving import Arriving, arrive, complete
 from distrifusion.exchange.verbs import Exchange
 from distrifusion.mesh import AttentionAxes, CallLayout, StagePlace
-from distrifusion.nested import map_tensors, take_rows
+from distrifusion.nested import map_tensors
 from distrifusion.partition import Interval
 from distrifusion.plan import Plan
 from distrifusion.predictions import Predictions, bands_of
@@ -30,6 +29,7 @@ from distrifusion.strategies.pipefusion import Flow, PieceAttention, StageStrate
 from distrifusion.strategies.tokens import TokenStrategy, TooFewTokens
 from distrifusion.strategies.ulysses import UlyssesAttention
 from distrifusion.strategies.weights import set_aside
+from distrifusion.tokens import keep_rows, run_part
 
 _NOMINAL_TOKENS = 4096  # by which attention is weighed against all else, to balance stages before a call is known
 
@@ -131,7 +131,7 @@ class StageRule:
         shapes = self._shapes.get(key) if past_warmup else None
         in_pieces = shapes is not None and len(shapes.pieces) > 1
         latents = self._latents(call, shapes if in_pieces else None)
-        self._take_rows(call, layout, num_rows)
+        keep_rows(call, layout.rows)
         place = StagePlace.of(self._plan, layout)
         if shapes is not None and in_pieces:
             flow = Flow(place, shapes.pieces[0], shapes.picture, shapes.streams)
@@ -148,17 +148,10 @@ class StageRule:
             return None
         wanted = None if shapes is None else bands_of(sample, shapes.pieces, shapes.picture)
         if not self._anatomy.local or sample.bands != wanted:
-            sample.complete()
+            complete(sample)
             return None
         call.bound.arguments[self._anatomy.sample] = sample.so_far()
         return sample
-
-    @staticmethod
-    def _take_rows(call: TokenCall, layout: CallLayout, num_rows: int) -> None:
-        take = partial(take_rows, layout.rows, num_rows)
-        for name, value in call.bound.arguments.items():
-            if name not in call.tokens:
-                call.bound.arguments[name] = map_tensors(value, take)
 
     def _flow(
         self,
@@ -177,7 +170,7 @@ class StageRule:
         for piece in pieces:
             flow.turn(piece)
             if latents is not None and flow.place.stage == 0:
-                Arriving.arrive(latents, piece.index)
+                arrive(latents, piece.index)
             result = self._run(forward, call, flow)
             predictions = predictions or Predictions(
                 self._exchange, self._prefix, flow.place, layout, pieces, flow.picture
@@ -185,7 +178,7 @@ class StageRule:
             if flow.place.last:
                 predictions.give(piece, result)
         if latents is not None:
-            Arriving.complete(latents)
+            complete(latents)
         assert predictions is not None
         return map_tensors(result, partial(predictions.take, num_rows))
 
@@ -193,23 +186,14 @@ class StageRule:
         place = flow.place
         axes = AttentionAxes.of(self._plan, len(place.group), place.index)
         step = TokenStep(place.group, place.index, axes, piece=flow.piece)
+        run = partial(run_part, self._tokens, self._anatomy, forward, call)
         try:
-            return self._forward(forward, call, step)
+            return run(step)
         except TooFewTokens:
             # Before anything was sent: every rank of the stage then has all tokens.
             own = place.group[place.index :][:1]
             alone = AttentionAxes((0,), (0,), (0, 0))
-            return self._forward(forward, call, replace(step, team=own, index=0, axes=alone))
-
-    def _forward(self, forward: Callable[..., Any], call: TokenCall, step: TokenStep) -> Any:
-        self._tokens.begin(step)
-        given = dict(call.bound.arguments)
-        for cut in self._anatomy.own_cuts:
-            name = str(cut.tensor)
-            if name in given:
-                given[name] = self._tokens.cut(cut, given[name])
-        bound = inspect.BoundArguments(call.bound.signature, given)
-        return forward(*bound.args, **bound.kwargs)
+            return run(replace(step, team=own, index=0, axes=alone))
 
     def _shapes_of(self, call: TokenCall, picture: int) -> Shapes:
         """How calls of this shape are cut: in as many pieces as asked for, fewer where a stream has fewer tokens."""

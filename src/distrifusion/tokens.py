@@ -15,6 +15,7 @@ from distrifusion.anatomy.tokens import TokenAnatomy, TokenCall
 from distrifusion.exchange.verbs import Exchange
 from distrifusion.mesh import AttentionAxes, CallLayout
 from distrifusion.nested import map_tensors, take_rows
+from distrifusion.partition import Interval
 from distrifusion.plan import Plan
 from distrifusion.strategies.attach import Attachment
 from distrifusion.strategies.attention import Attend, TokenStep
@@ -73,28 +74,15 @@ class TokenRule:
         self, forward: Callable[..., Any], call: TokenCall, layout: CallLayout, num_before: int, past_warmup: bool
     ) -> Any:
         """Run the model's own forward on this rank's batch rows; it meets the cuts inside."""
-        arguments = call.bound.arguments
-        take = partial(take_rows, layout.rows, call.sample.shape[0])
-        for name, value in arguments.items():
-            if name not in call.tokens:
-                arguments[name] = map_tensors(value, take)
+        keep_rows(call, layout.rows)
         axes = AttentionAxes.of(self._plan, len(layout.team), layout.index)
         step = TokenStep(layout.team, layout.index, axes, alone=past_warmup and self._plan.naive)
+        run = partial(run_part, self._tokens, self._anatomy, forward, call)
         try:
-            return self._forward(forward, call, step)
+            return run(step)
         except TooFewTokens:
             # Models need not bear empty parts, so a stream that short leaves the call whole on every rank.
-            return self._forward(forward, call, TokenStep(layout.team[layout.index :][:1], 0, axes))
-
-    def _forward(self, forward: Callable[..., Any], call: TokenCall, step: TokenStep) -> Any:
-        self._tokens.begin(step)
-        given = dict(call.bound.arguments)
-        for cut in self._anatomy.own_cuts:
-            name = str(cut.tensor)
-            if name in given:
-                given[name] = self._tokens.cut(cut, given[name])
-        bound = inspect.BoundArguments(call.bound.signature, given)
-        return forward(*bound.args, **bound.kwargs)
+            return run(TokenStep(layout.team[layout.index :][:1], 0, axes))
 
     def join(self, result: Any, call: TokenCall, layout: CallLayout) -> Any:
         """The output with all rows of the batch: the tokens have been joined inside."""
@@ -109,6 +97,29 @@ class TokenRule:
         parts = self._exchange.collect(f"{self._prefix}exit", own, shapes).wait()
         parts[self._exchange.transport.rank] = own
         return torch.cat([parts[rank] for rank in sorted(parts)])
+
+
+def keep_rows(call: TokenCall, rows: Interval) -> None:
+    """Leave a call some of its rows of the batch."""
+    arguments = call.bound.arguments
+    take = partial(take_rows, rows, call.sample.shape[0])
+    for name, value in arguments.items():
+        if name not in call.tokens:
+            arguments[name] = map_tensors(value, take)
+
+
+def run_part(
+    tokens: TokenStrategy, anatomy: TokenAnatomy, forward: Callable[..., Any], call: TokenCall, step: TokenStep
+) -> Any:
+    """The model's own forward on a part of the tokens; raises TooFewTokens, before anything is sent."""
+    tokens.begin(step)
+    given = dict(call.bound.arguments)
+    for cut in anatomy.own_cuts:
+        name = str(cut.tensor)
+        if name in given:
+            given[name] = tokens.cut(cut, given[name])
+    bound = inspect.BoundArguments(call.bound.signature, given)
+    return forward(*bound.args, **bound.kwargs)
 
 
 def _method_of(plan: Plan, exchange: Exchange) -> Attend:

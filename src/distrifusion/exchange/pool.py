@@ -130,7 +130,8 @@ class CallState:
     def num_bytes(self) -> int:
         """Bytes of all values held."""
         alone = sum(swapped.num_bytes for swapped in self.swaps.values() if swapped.parcel is None)
-        return alone + sum(held.num_bytes for held in (*self.posted(), *self.pieces.values()))
+        pieces = sum(buffer.num_bytes for buffer in self.pieces.values())
+        return alone + pieces + sum(posted.num_bytes for posted in self.posted())
 
 
 class Pool:

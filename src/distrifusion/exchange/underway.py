@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 
-from distrifusion.exchange.arriving import Arriving
+from distrifusion.exchange.arriving import Arriving, complete
 from distrifusion.exchange.handles import Swap
 
 
@@ -37,6 +37,6 @@ class Underway:
         self._left, self._leaving, self._followed = [], [], []
         for ref in followed:
             if (arriving := ref()) is not None:
-                Arriving.complete(arriving)
+                complete(arriving)
         for swap in leaving:
             swap.wait()

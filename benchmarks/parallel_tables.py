@@ -114,13 +114,15 @@ def plot() -> None:
                 range(1, row["calls"] + 1), row["distances"], line, color=colours[row["split"]], label=name
             )
     panels[0].set_title("digits network, DDIM-100, whole trajectory")
-    for row in load("demo")["rows"]:
-        if (row["steps"], row["seed"]) == (100, 0):
+    demo = load("demo")["rows"]
+    most = max(row["steps"] for row in demo)
+    for row in demo:
+        if (row["steps"], row["seed"]) == (most, 0):
             line = "-" if row["method"] == Method.TAA else ":"
             colour = {10: "tab:red", 20: "tab:purple", 50: "tab:brown", 100: "tab:orange"}[row["window"]]
             name = f"window {row['window']}, {row['method']}"
             panels[1].semilogy(range(1, row["calls"] + 1), row["distances"], line, color=colour, label=name)
-    panels[1].set_title("embedded model, 256 px, DDIM-100, data split")
+    panels[1].set_title(f"embedded model, 256 px, DDIM-{most}, data split")
     for panel in panels:
         panel.axhline(_NEAR, color="0.7", linewidth=0.8)
         panel.set_xlabel("denoiser calls")

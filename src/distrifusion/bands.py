@@ -23,6 +23,7 @@ from distrifusion.strategies.conv_stack import ConvStackStrategy
 from distrifusion.strategies.patch import PatchStep, PatchStrategy
 from distrifusion.strategies.resample import ResampleStrategy
 from distrifusion.strategies.skip_filter import SkipFilterStrategy
+from distrifusion.strategies.weights import num_bytes
 
 
 class BandRule:
@@ -60,9 +61,9 @@ class BandRule:
             raise PlanError(f"plan '{self._plan}': naive bands have no part of a control image; use another policy")
         return sites
 
-    def idle(self) -> list[nn.Module]:
-        """Every rank runs all of the model."""
-        return []
+    def weight_bytes(self) -> int:
+        """Bytes of the model's weights: every rank works with all."""
+        return num_bytes((), self._model)
 
     def attach(self, sites: Sequence[Site], layers: Attachment) -> None:
         """Replace the forwards of the sites."""

@@ -18,6 +18,7 @@ from distrifusion.nested import map_tensors, take_rows, tensors_of
 from distrifusion.plan import Plan
 from distrifusion.strategies.attach import Attachment
 from distrifusion.strategies.components import ComponentStep, ComponentStrategy, check_components
+from distrifusion.strategies.weights import num_bytes
 
 Call = BoundCall | TokenCall
 
@@ -58,6 +59,10 @@ class ComponentRule:
         if links:
             check_components(self._plan, len(links))
         return list(links)
+
+    def weight_bytes(self) -> int:
+        """Bytes of the model's weights: the first call of a shape runs whole on every rank."""
+        return num_bytes((), self._model)
 
     def attach(self, sites: Sequence[Site], layers: Attachment) -> None:
         """Replace the forwards of the layers."""

@@ -27,7 +27,6 @@ from distrifusion.plan import Plan
 from distrifusion.shares import ShareRule
 from distrifusion.stages import StageRule
 from distrifusion.strategies.attach import Attachment
-from distrifusion.strategies.weights import num_bytes
 from distrifusion.tokens import TokenRule
 
 
@@ -50,8 +49,8 @@ class DenoiserCall(Protocol):
 class Rule(Protocol):
     """How the calls of one kind of denoiser are divided within a team; all methods are called on every rank."""
 
-    def idle(self) -> list[nn.Module]:
-        """Parts of the model that this rank never runs."""
+    def weight_bytes(self) -> int:
+        """Bytes of the model's weights that this rank works with."""
 
     def sites(self) -> list[Site]:
         """All sites in the model's own order; raises UnsupportedModel naming a layer that has no rule."""
@@ -118,7 +117,7 @@ class ParallelDenoiser(Division):
     @property
     def weight_bytes(self) -> int:
         """Bytes of the model's weights that this rank works with."""
-        return num_bytes(self._rule.idle(), self.model)
+        return self._rule.weight_bytes()
 
     def _find_sites(self) -> list[Site]:
         return self._rule.sites()

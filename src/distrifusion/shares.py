@@ -15,6 +15,7 @@ from distrifusion.anatomy.tokens import TokenAnatomy, TokenCall
 from distrifusion.anatomy.unit_sites import unit_sites
 from distrifusion.errors import UnsupportedModel
 from distrifusion.exchange.verbs import Exchange
+from distrifusion.memory.weights import weights_of
 from distrifusion.mesh import CallLayout
 from distrifusion.nested import map_tensors, take_rows
 from distrifusion.plan import Plan
@@ -53,6 +54,10 @@ class ShareRule:
                 f"in place of tp{self._plan.tp}"
             )
         return sites
+
+    def weight_bytes(self) -> int:
+        """Bytes of the model's weights: of every layer that is divided this rank's share, and all of the others."""
+        return weights_of(self._model, self._tensor.share).own
 
     def attach(self, sites: Sequence[Site], layers: Attachment) -> None:
         """Replace the forwards of their layers."""

@@ -28,7 +28,7 @@ from distrifusion.strategies.attention import Piece, TokenStep
 from distrifusion.strategies.pipefusion import Flow, PieceAttention, StageStrategy, Stream
 from distrifusion.strategies.tokens import TokenStrategy, TooFewTokens
 from distrifusion.strategies.ulysses import UlyssesAttention
-from distrifusion.strategies.weights import set_aside
+from distrifusion.strategies.weights import num_bytes, set_aside
 from distrifusion.tokens import keep_rows, run_part
 
 _NOMINAL_TOKENS = 4096  # by which attention is weighed against all else, to balance stages before a call is known
@@ -112,9 +112,9 @@ class StageRule:
         set_aside(self._idle, layers)
         self._stages.attach(sites, own, layers)
 
-    def idle(self) -> list[nn.Module]:
-        """The blocks of other stages, which this rank never runs."""
-        return self._idle
+    def weight_bytes(self) -> int:
+        """Bytes of the model's weights without the blocks of other stages, which this rank never runs."""
+        return num_bytes(self._idle, self._model)
 
     def bind(self, forward: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> TokenCall:
         """Sort the arguments of a call; raises ConfigError on one that has no rule."""

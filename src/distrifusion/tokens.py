@@ -23,6 +23,7 @@ from distrifusion.strategies.ring import RingAttention
 from distrifusion.strategies.token_patch import GatheredAttention
 from distrifusion.strategies.tokens import TokenStrategy, TooFewTokens
 from distrifusion.strategies.ulysses import UlyssesAttention
+from distrifusion.strategies.weights import num_bytes
 
 
 class TokenRule:
@@ -55,9 +56,9 @@ class TokenRule:
         """All sites in the model's own order; raises UnsupportedModel naming a layer that has no rule."""
         return self._anatomy.sites(self._model)
 
-    def idle(self) -> list[nn.Module]:
-        """Every rank runs all of the model."""
-        return []
+    def weight_bytes(self) -> int:
+        """Bytes of the model's weights: every rank works with all."""
+        return num_bytes((), self._model)
 
     def attach(self, sites: Sequence[Site], layers: Attachment) -> None:
         """Replace the forwards of the sites."""

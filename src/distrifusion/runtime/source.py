@@ -90,6 +90,11 @@ def takes_step_callback(cls: type) -> bool:
     return "callback_on_step_end" in inspect.signature(cls.__call__).parameters
 
 
+def makes_video(cls: type) -> bool:
+    """True if pipelines of this class give frames."""
+    return "num_frames" in inspect.signature(cls.__call__).parameters
+
+
 def find(source: object, keywords: Mapping[str, Any]) -> Source:
     """Find out what `source` is and check it and the `from_pretrained` keywords, without reading weights.
 

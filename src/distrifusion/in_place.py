@@ -24,7 +24,7 @@ from distrifusion.denoiser import ParallelDenoiser
 from distrifusion.division import Division
 from distrifusion.errors import ConfigError, PlanError, UnsupportedModel
 from distrifusion.exchange.meeting import transport_of
-from distrifusion.exchange.transport import Transport
+from distrifusion.exchange.transport import SingleTransport, Transport
 from distrifusion.once import ENCODERS
 from distrifusion.plan import Plan, Split
 from distrifusion.request import Parallel, callbacks_alone, request
@@ -283,19 +283,6 @@ def _transport(plan: Plan, mesh: DeviceMesh | Transport | None, device: torch.de
             "torch.distributed.init_process_group() first, or use distrifusion.load(), which starts the ranks itself"
         )
     return SingleTransport()
-
-
-class SingleTransport:
-    """One rank alone: there is nobody to send to."""
-
-    rank = 0
-    world_size = 1
-
-    def post(self, sends: Any, receives: Any) -> Any:
-        raise AssertionError("one rank has no peers")
-
-    def broadcast(self, value: Any) -> Any:
-        return value
 
 
 def _parallel_class(base: type[DiffusionPipeline]) -> type[DiffusionPipeline]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import lru_cache
+from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -16,6 +16,8 @@ from torch import nn
 from distrifusion.anatomy.base import Site
 from distrifusion.anatomy.layers import check_call
 from distrifusion.errors import ConfigError, UnsupportedModel
+from distrifusion.nested import map_tensors, take_rows
+from distrifusion.partition import Interval
 
 # Processors of the general Attention class that call scaled_dot_product_attention once, on all tokens that they get.
 _PROCESSORS = {
@@ -71,19 +73,24 @@ class TokenAttentionSite(Site):
     """Attention over tokens of other ranks: one call of `scaled_dot_product_attention` within its forward."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class TokenCall:
     """The arguments of one call.
 
     Attributes:
         bound: all arguments by name.
-        sample: the latents, with the batch as first dimension.
+        latents: the name of one of them.
         tokens: arguments that have tokens, not the batch, as first dimension.
     """
 
     bound: inspect.BoundArguments
-    sample: torch.Tensor
+    latents: str
     tokens: frozenset[str]
+
+    @property
+    def sample(self) -> torch.Tensor:
+        """The latents, with the batch as first dimension."""
+        return self.bound.arguments[self.latents]
 
     @property
     def timestep(self) -> Any:
@@ -96,6 +103,22 @@ class TokenCall:
         # Not what is nested: the residuals of a ControlNet come and go within a run, and change no number of tokens.
         tensors = {name: value for name, value in self.bound.arguments.items() if isinstance(value, torch.Tensor)}
         return tuple((name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items())
+
+    def map(self, change: Callable[[torch.Tensor], Any]) -> TokenCall:
+        """The call with every tensor changed."""
+        return self._with({name: map_tensors(value, change) for name, value in self.bound.arguments.items()})
+
+    def take_rows(self, rows: Interval) -> TokenCall:
+        """The call with some rows of the batch only."""
+        take = partial(take_rows, rows, self.sample.shape[0])
+        changed = {
+            name: value if name in self.tokens else map_tensors(value, take)
+            for name, value in self.bound.arguments.items()
+        }
+        return self._with(changed)
+
+    def _with(self, arguments: dict[str, Any]) -> TokenCall:
+        return replace(self, bound=inspect.BoundArguments(self.bound.signature, arguments))
 
 
 @dataclass(frozen=True)
@@ -149,7 +172,7 @@ class TokenAnatomy:
             if prompts:
                 raise ConfigError(f"{name} {', '.join(prompts)}: image prompts of transformers have no rule for plans")
         tokens = frozenset(str(cut.tensor) for cut in self.own_cuts if cut.dim == 0)
-        return TokenCall(bound, bound.arguments[self.sample], tokens)
+        return TokenCall(bound, self.sample, tokens)
 
     @property
     def own_cuts(self) -> list[Cut]:

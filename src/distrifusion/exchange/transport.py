@@ -43,6 +43,19 @@ class Transport(Protocol):
         """Rank 0's value, on every rank. Every rank calls it."""
 
 
+class SingleTransport:
+    """One rank alone: there is nobody to send to."""
+
+    rank = 0
+    world_size = 1
+
+    def post(self, sends: Any, receives: Any) -> Any:
+        raise AssertionError("one rank has no peers")
+
+    def broadcast(self, value: Any) -> Any:
+        return value
+
+
 class ProcessGroupTransport:
     """Messages over a torch process group (gloo or NCCL).
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from distrifusion.anatomy.base import Site
-from distrifusion.anatomy.tokens import Cut, CutSite, JoinSite, TokenAttentionSite
+from distrifusion.anatomy.tokens import Cut, CutSite, JoinSite, TokenAttentionSite, TokenCall
 from distrifusion.errors import UnsupportedModel
 from distrifusion.exchange.handles import with_length
 from distrifusion.exchange.verbs import Exchange
@@ -45,7 +45,7 @@ class TokenStrategy:
         self._step: TokenStep | None = None
         # Numbers of tokens that were cut in this call. All ranks know them alike, so they say whether a site's parts
         # have been told already.
-        self._wholes: dict[Cut, int] = {}
+        self.wholes: dict[Cut, int] = {}
         self._told: dict[Any, tuple[tuple[int, ...], ...]] = {}
 
     def attach(self, sites: Sequence[Site], attachment: Attachment) -> None:
@@ -64,10 +64,17 @@ class TokenStrategy:
                 case _:
                     raise UnsupportedModel(f"layer '{site.name}': a cut by tokens has no rule for {type(site)}")
 
-    def begin(self, step: TokenStep) -> None:
-        """Set the call that the layers are in."""
+    def run(self, step: TokenStep, forward: Forward, call: TokenCall, cuts: Sequence[Cut]) -> Any:
+        """The model's own forward on a call, of which some arguments are cut before."""
         self._step = step
-        self._wholes.clear()
+        self.wholes.clear()
+        given = dict(call.bound.arguments)
+        for cut in cuts:
+            name = str(cut.tensor)
+            if name in given:
+                given[name] = self.cut(cut, given[name])
+        bound = inspect.BoundArguments(call.bound.signature, given)
+        return forward(*bound.args, **bound.kwargs)
 
     @property
     def step(self) -> TokenStep:
@@ -84,7 +91,7 @@ class TokenStrategy:
             return x
         if x.shape[cut.dim] < len(self.step.team):
             raise TooFewTokens
-        self._wholes[cut] = x.shape[cut.dim]
+        self.wholes[cut] = x.shape[cut.dim]
         own = token_intervals(x.shape[cut.dim], len(self.step.team))[self.step.index]
         # A copy: a view would keep the whole alive as long as the part.
         return x.narrow(cut.dim, own.start, len(own)).contiguous()
@@ -105,7 +112,10 @@ class TokenStrategy:
         return type(output)(self.cut(site.cut, x) if i == site.cut.tensor else x for i, x in enumerate(output))
 
     def _join(self, site: JoinSite, forward: Forward, *args: Any, **kwargs: Any) -> torch.Tensor:
-        own = forward(*args, **kwargs)
+        return self.join(site, forward(*args, **kwargs))
+
+    def join(self, site: JoinSite, own: torch.Tensor) -> torch.Tensor:
+        """All tokens of a module's output, from the own ones."""
         team = self.step.team
         if len(team) == 1:
             return own
@@ -118,7 +128,7 @@ class TokenStrategy:
     def _attention(self, site: TokenAttentionSite, forward: Forward, *args: Any, **kwargs: Any) -> Any:
         if len(self.step.team) == 1 or self.step.alone:
             return forward(*args, **kwargs)
-        with _AttentionCalls(partial(self._answer, site)) as calls:
+        with _AttentionCalls(partial(self.answer, site)) as calls:
             result = forward(*args, **kwargs)
         if calls.count != 1:
             raise UnsupportedModel(
@@ -127,7 +137,7 @@ class TokenStrategy:
             )
         return result
 
-    def _answer(
+    def answer(
         self,
         site: TokenAttentionSite,
         query: torch.Tensor,
@@ -166,7 +176,7 @@ class TokenStrategy:
     def _lengths(self, site: Site, like: torch.Tensor, *own: int) -> tuple[tuple[int, ...], ...]:
         """For each of the own numbers of tokens, that of every place: told once for streams of the same lengths."""
         team, place = self.step.team, self.step.index
-        key = (site.name, team, tuple(self._wholes.items()))
+        key = (site.name, team, tuple(self.wholes.items()))
         if key not in self._told:
             numbers = torch.tensor(own, device=like.device)
             others = {rank: numbers.shape for rank in team if rank != team[place]}

@@ -17,6 +17,7 @@ from diffusers.pipelines.pag.pag_utils import PAGMixin
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from distrifusion import graphs
 from distrifusion.anatomy import check_family
 from distrifusion.anatomy.vae import halves_of
 from distrifusion.autoencoder import Calls, ParallelCoder
@@ -39,6 +40,7 @@ def parallelize(
     plan: Plan | str,
     mesh: DeviceMesh | Transport | None = None,
     pictures: str = "all",
+    cuda_graphs: bool = False,
 ) -> DiffusionPipeline:
     """Divide the denoiser of a diffusers pipeline over the ranks of a plan, in place (DistriFusion, arXiv 2402.19481).
 
@@ -57,6 +59,7 @@ def parallelize(
             group. A Transport: messages of the caller's own making.
         pictures: "all", or "first": then the pictures that a run decodes are put together on rank 0 alone, and the call
             returns None on the other ranks. Latents all ranks get.
+        cuda_graphs: within a run, capture denoiser calls that repeat and replay them (`docs/cuda-graphs.md`).
 
     Returns:
         The same pipeline.
@@ -65,7 +68,7 @@ def parallelize(
         PlanError: if the plan is unknown or does not fit the number of ranks.
         UnsupportedModel: if the denoiser has a layer for which there is no rule; the layer is named.
         ConfigError: if the pipeline is parallelized already, or shares a model that is divided by another plan, or no
-            process group is initialised, or `pictures` is something else.
+            process group is initialised, or `pictures` is something else, or `cuda_graphs` cannot be had.
 
     Every rank calls it.
     """
@@ -81,11 +84,14 @@ def parallelize(
     shared = _division_of(first)
     transport = shared.exchange.transport if shared else _transport(plan, mesh, pipe.device)
     plan.check_devices(transport.world_size)
+    if cuda_graphs:
+        graphs.check_device(pipe.device)
+        graphs.check_transport(transport)
     denoisers: list[ParallelDenoiser] = []
     coders: list[ParallelCoder] = []
     try:
         for prefix, model in _divided_models(pipe).items():
-            denoisers.append(_divide(model, plan, transport, prefix))
+            denoisers.append(_divide(model, plan, transport, prefix, cuda_graphs))
         for prefix, model in _coders(pipe).items() if plan.num_ranks > 1 else ():
             coders += _divide_coder(model, plan, transport, prefix)
     except BaseException:
@@ -229,7 +235,7 @@ def _divide_coder(model: nn.Module, plan: Plan, transport: Transport, prefix: st
     return [coder]
 
 
-def _divide(model: nn.Module, plan: Plan, transport: Transport, prefix: str) -> ParallelDenoiser:
+def _divide(model: nn.Module, plan: Plan, transport: Transport, prefix: str, cuda_graphs: bool) -> ParallelDenoiser:
     """Divide a model, or join the division that it has from another pipeline."""
     denoiser = _division_of(model)
     if denoiser is None:
@@ -239,6 +245,8 @@ def _divide(model: nn.Module, plan: Plan, transport: Transport, prefix: str) -> 
                 "pipe.remove_all_hooks(), then parallelize, and enable the offload afterwards"
             )
         denoiser = ParallelDenoiser(model, plan, transport, prefix)
+        if cuda_graphs:
+            denoiser.capture_by(graphs.CudaBackend())
         denoiser.attach()
         denoiser.needs_request = plan.num_ranks > 1
     assert isinstance(denoiser, ParallelDenoiser)
@@ -246,6 +254,11 @@ def _divide(model: nn.Module, plan: Plan, transport: Transport, prefix: str) -> 
         raise ConfigError(
             f"{type(model).__name__} is divided by plan '{denoiser.plan}' for another pipeline that shares it; use "
             f"that plan instead of '{plan}', or call unparallelize on the other pipeline first"
+        )
+    if (denoiser.graphs is not None) != cuda_graphs:
+        raise ConfigError(
+            f"{type(model).__name__} is divided with cuda_graphs={not cuda_graphs} for another pipeline that shares "
+            "it; say the same here, or call unparallelize on that one"
         )
     return denoiser
 

@@ -9,6 +9,8 @@ from typing import Any, Protocol, Self
 import torch
 from torch import nn
 
+from distrifusion.nested import map_tensors
+
 
 @dataclass(frozen=True)
 class Site:
@@ -159,6 +161,11 @@ class BoundCall:
     def key(self) -> Hashable:
         """What must be alike in two calls that use the same kept values."""
         return tuple(self.sample.shape), self.sample.dtype
+
+    def map(self, change: Callable[[torch.Tensor], Any]) -> BoundCall:
+        """The call with every tensor changed."""
+        parts = (map_tensors(part, change) for part in (self.sample, self.batched, self.spatial, self.rest))
+        return BoundCall(*parts)
 
 
 class Anatomy(Protocol):

@@ -115,6 +115,14 @@ def run(
             rich_help_panel=options.DIVISION,
         ),
     ] = None,
+    cuda_graphs: Annotated[
+        bool,
+        typer.Option(
+            "--cuda-graphs",
+            help="Capture denoiser calls that repeat, and replay them; on CUDA devices.",
+            rich_help_panel=options.DIVISION,
+        ),
+    ] = False,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -182,6 +190,7 @@ def run(
             lora,
             preview,
             trace,
+            cuda_graphs,
         )
         _draw(order, out, fps, compare, answer)
 
@@ -196,6 +205,7 @@ class Order:
     lora: Path | None
     preview: Path | None
     trace: Path | None
+    cuda_graphs: bool
 
     def arguments(self) -> dict[str, Any]:
         """Arguments of the pipeline's call.
@@ -243,7 +253,7 @@ def _draw(order: Order, out: Path | None, fps: int | None, compare: bool, answer
     plan, spec = order.wish.plan, order.wish.device_spec()
     if compare:
         _check_comparable(spec, plan)
-    with load(source, spec, plan, **keywords) as pipe:
+    with load(source, spec, plan, cuda_graphs=order.cuda_graphs, **keywords) as pipe:
         drawn = _once(pipe, order, arguments, str(pipe.plan), first=True)
         where, threads, chief = pipe.devices, pipe.threads, pipe.rank == 0
     if not chief:

@@ -193,7 +193,7 @@ def check_keywords(cls: type | None, keywords: Mapping[str, Any]) -> None:
         if cls is None:
             continue
         components = list(inspect.signature(cls).parameters)
-        ours = ["devices", "plan", "backend", "threads", "step_timeout", "start_timeout"]
+        ours = ["devices", "plan", "backend", "threads", "step_timeout", "start_timeout", "cuda_graphs"]
         known = [*ours, *_FROM_PRETRAINED, *components]
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)

@@ -12,7 +12,7 @@ from torch import nn
 from distrifusion.anatomy.base import AdaptiveNormSite, Anatomy, BoundCall, FilterSite, ResampleSite, Site, StackSite
 from distrifusion.errors import ConfigError, PlanError
 from distrifusion.exchange.verbs import Exchange
-from distrifusion.memory.check import Question
+from distrifusion.memory.prediction import BandQuestion
 from distrifusion.mesh import CallLayout
 from distrifusion.nested import map_tensors, take_rows
 from distrifusion.partition import Interval, Level, partition_levels
@@ -78,10 +78,10 @@ class BandRule:
         """Sort the arguments of a call; raises ConfigError on one that cannot be cut."""
         return self._anatomy.bind(forward, args, kwargs)
 
-    def question(self, call: BoundCall) -> Question:
+    def question(self, call: BoundCall) -> BandQuestion:
         """The call as one whose values are to be kept."""
         shape, dtype = call.sample.shape, call.sample.dtype
-        return Question(self.sites(), self._anatomy.num_levels(self._model), shape, dtype)
+        return BandQuestion(self.sites(), self._anatomy.num_levels(self._model), shape, dtype)
 
     def compute(
         self, forward: Callable[..., Any], call: BoundCall, layout: CallLayout, num_before: int, past_warmup: bool

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -18,7 +19,8 @@ from distrifusion.division import Division
 from distrifusion.errors import ConfigError
 from distrifusion.exchange.pool import CallState, Pool
 from distrifusion.exchange.transport import Transport
-from distrifusion.exchange.verbs import Exchange
+from distrifusion.exchange.verbs import CallPolicy, Exchange
+from distrifusion.graphs import Backend, Graphs
 from distrifusion.memory.check import Question, check_fits
 from distrifusion.mesh import CallLayout, RankGrid
 from distrifusion.nested import take_rows
@@ -44,6 +46,9 @@ class DenoiserCall(Protocol):
     @property
     def key(self) -> Hashable:
         """What must be alike in two calls that use the same kept values."""
+
+    def map(self, change: Callable[[torch.Tensor], Any]) -> DenoiserCall:
+        """The call with every tensor changed."""
 
 
 class Rule(Protocol):
@@ -96,6 +101,7 @@ class ParallelDenoiser(Division):
 
     Attributes:
         needs_request: a call outside a request is refused, because nobody has made the ranks agree.
+        graphs: calls of a request that are captured and replayed; None: every call runs the model's code.
 
     Raises:
         UnsupportedModel: if a layer mixes positions and has no rule.
@@ -112,6 +118,7 @@ class ParallelDenoiser(Division):
         self._pacing = Pacing(plan, self.exchange)
         self._rule = _rule_of(model, plan, self.exchange, prefix)
         self.needs_request = False
+        self.graphs: Graphs | None = None
         self._audited = False
 
     @property
@@ -125,6 +132,10 @@ class ParallelDenoiser(Division):
     def _put_on(self, sites: Sequence[Site], layers: Attachment) -> None:
         self._rule.attach(sites, layers)
 
+    def capture_by(self, backend: Backend) -> None:
+        """Capture calls that repeat, and replay them; raises ConfigError if the plan does not let them be alike."""
+        self.graphs = Graphs(self.plan, self.exchange, backend)
+
     def open(self, request: Hashable) -> OpenRequest:
         """Start a request: one picture (or batch) from its first step to its last. Every rank calls it.
 
@@ -133,6 +144,7 @@ class ParallelDenoiser(Division):
         before = OpenRequest(self.request, self.slot)
         self.request, self.slot = request, 0
         self._audited = False
+        self._forget_graphs()
         return before
 
     def close(self, before: OpenRequest | None = None) -> None:
@@ -140,7 +152,12 @@ class ParallelDenoiser(Division):
         request = self.request
         self.request, self.slot = (before.request, before.slot) if before else (None, 0)
         self.exchange.underway.finish()
+        self._forget_graphs()
         self.pool.close(request)
+
+    def _forget_graphs(self) -> None:
+        if self.graphs is not None:
+            self.graphs.forget()
 
     def run(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """One denoiser call; `forward` is the model's own."""
@@ -161,17 +178,30 @@ class ParallelDenoiser(Division):
         timestep = call.timestep
         if isinstance(timestep, torch.Tensor):
             timestep = take_rows(layout.rows, num_rows, timestep)
-        past_warmup = self._pacing.past_warmup(state)
-        self.exchange.begin(self._pacing.policy(layout.team, layout.index, state, timestep, call.sample.device))
+        policy = self._pacing.policy(layout.team, layout.index, state, timestep, call.sample.device)
+        work = partial(self._work, forward, layout)
+        return self.graphs.run(call, policy, self._steady(state), work) if self.graphs else work(call, policy)
+
+    def _work(self, forward: Callable[..., Any], layout: CallLayout, call: Any, policy: CallPolicy) -> Any:
+        """The call itself."""
+        state = policy.state
+        self.exchange.begin(policy)
         keeps = state is not None and state.calls == 0 and self.plan.kept and not call.sample.is_meta
         if keeps and (question := self._rule.question(call)):
             check_fits(question, self.plan, self.exchange, call.sample.device)
-        result = self._rule.compute(forward, call, layout, state.calls if state else 0, past_warmup)
+        num_before = state.calls if state else 0
+        result = self._rule.compute(forward, call, layout, num_before, self._pacing.past_warmup(state))
         decide = self._pacing.announce(state, self.prefix, call.sample)
         output = self._rule.join(result, call, layout)
         decide()
         self.exchange.end()
         return output
+
+    def _steady(self, state: CallState | None) -> Hashable | None:
+        """What the plan does in this call and in later ones alike; None outside a request and in its warm-up."""
+        if self.request is None or (state is not None and not self._pacing.past_warmup(state)):
+            return None
+        return self.plan.split_of(state.calls if state else 0)
 
     def _state(self, key: Hashable) -> CallState | None:
         """What the request at hand keeps for this call of its scheduler step; None where nothing is kept."""

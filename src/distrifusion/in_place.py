@@ -17,6 +17,7 @@ from diffusers.pipelines.pag.pag_utils import PAGMixin
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from distrifusion import graphs
 from distrifusion.anatomy import check_family
 from distrifusion.anatomy.vae import halves_of
 from distrifusion.autoencoder import Calls, ParallelCoder
@@ -25,7 +26,7 @@ from distrifusion.division import Division
 from distrifusion.engine.run import sampled
 from distrifusion.errors import ConfigError, PlanError, UnsupportedModel
 from distrifusion.exchange.meeting import transport_of
-from distrifusion.exchange.transport import Transport
+from distrifusion.exchange.transport import SingleTransport, Transport
 from distrifusion.once import ENCODERS
 from distrifusion.plan import Plan, Split
 from distrifusion.request import Parallel, callbacks_alone, request
@@ -40,6 +41,7 @@ def parallelize(
     plan: Plan | str,
     mesh: DeviceMesh | Transport | None = None,
     pictures: str = "all",
+    cuda_graphs: bool = False,
 ) -> DiffusionPipeline:
     """Divide the denoiser of a diffusers pipeline over the ranks of a plan, in place (DistriFusion, arXiv 2402.19481).
 
@@ -60,6 +62,7 @@ def parallelize(
             group. A Transport: messages of the caller's own making.
         pictures: "all", or "first": then the pictures that a run decodes are put together on rank 0 alone, and the call
             returns None on the other ranks. Latents all ranks get.
+        cuda_graphs: within a run, capture denoiser calls that repeat and replay them (`docs/cuda-graphs.md`).
 
     Returns:
         The same pipeline.
@@ -68,7 +71,7 @@ def parallelize(
         PlanError: if the plan is unknown or does not fit the number of ranks.
         UnsupportedModel: if the denoiser has a layer for which there is no rule; the layer is named.
         ConfigError: if the pipeline is parallelized already, or shares a model that is divided by another plan, or no
-            process group is initialised, or `pictures` is something else.
+            process group is initialised, or `pictures` is something else, or `cuda_graphs` cannot be had.
 
     Every rank calls it.
     """
@@ -84,11 +87,14 @@ def parallelize(
     shared = _division_of(first)
     transport = shared.exchange.transport if shared else _transport(plan, mesh, pipe.device)
     plan.check_devices(transport.world_size)
+    if cuda_graphs:
+        graphs.check_device(pipe.device)
+        graphs.check_transport(transport)
     denoisers: list[ParallelDenoiser] = []
     coders: list[ParallelCoder] = []
     try:
         for prefix, model in _divided_models(pipe).items():
-            denoisers.append(_divide(model, plan, transport, prefix))
+            denoisers.append(_divide(model, plan, transport, prefix, cuda_graphs))
         for prefix, model in _coders(pipe).items() if plan.num_ranks > 1 else ():
             coders += _divide_coder(model, plan, transport, prefix)
     except BaseException:
@@ -232,7 +238,7 @@ def _divide_coder(model: nn.Module, plan: Plan, transport: Transport, prefix: st
     return [coder]
 
 
-def _divide(model: nn.Module, plan: Plan, transport: Transport, prefix: str) -> ParallelDenoiser:
+def _divide(model: nn.Module, plan: Plan, transport: Transport, prefix: str, cuda_graphs: bool) -> ParallelDenoiser:
     """Divide a model, or join the division that it has from another pipeline."""
     denoiser = _division_of(model)
     if denoiser is None:
@@ -242,6 +248,8 @@ def _divide(model: nn.Module, plan: Plan, transport: Transport, prefix: str) -> 
                 "pipe.remove_all_hooks(), then parallelize, and enable the offload afterwards"
             )
         denoiser = ParallelDenoiser(model, plan, transport, prefix)
+        if cuda_graphs:
+            denoiser.capture_by(graphs.CudaBackend())
         denoiser.attach()
         denoiser.needs_request = plan.num_ranks > 1
     assert isinstance(denoiser, ParallelDenoiser)
@@ -249,6 +257,11 @@ def _divide(model: nn.Module, plan: Plan, transport: Transport, prefix: str) -> 
         raise ConfigError(
             f"{type(model).__name__} is divided by plan '{denoiser.plan}' for another pipeline that shares it; use "
             f"that plan instead of '{plan}', or call unparallelize on the other pipeline first"
+        )
+    if (denoiser.graphs is not None) != cuda_graphs:
+        raise ConfigError(
+            f"{type(model).__name__} is divided with cuda_graphs={not cuda_graphs} for another pipeline that shares "
+            "it; say the same here, or call unparallelize on that one"
         )
     return denoiser
 
@@ -286,19 +299,6 @@ def _transport(plan: Plan, mesh: DeviceMesh | Transport | None, device: torch.de
             "torch.distributed.init_process_group() first, or use distrifusion.load(), which starts the ranks itself"
         )
     return SingleTransport()
-
-
-class SingleTransport:
-    """One rank alone: there is nobody to send to."""
-
-    rank = 0
-    world_size = 1
-
-    def post(self, sends: Any, receives: Any) -> Any:
-        raise AssertionError("one rank has no peers")
-
-    def broadcast(self, value: Any) -> Any:
-        return value
 
 
 def _parallel_class(base: type[DiffusionPipeline]) -> type[DiffusionPipeline]:

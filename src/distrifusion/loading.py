@@ -12,6 +12,8 @@ import torch
 from diffusers import DiffusionPipeline
 
 from distrifusion.errors import ConfigError
+from distrifusion.exchange.transport import SingleTransport
+from distrifusion.graphs import check_device
 from distrifusion.in_place import parallelize
 from distrifusion.plan import Plan
 from distrifusion.planner import auto
@@ -37,6 +39,7 @@ def load(
     threads: int | None = None,
     step_timeout: float = 600.0,
     start_timeout: float = 1800.0,
+    cuda_graphs: bool = False,
     **from_pretrained: Any,
 ) -> LoadedPipeline:
     """Load a diffusers pipeline onto one or many devices; the result is called like the pipeline.
@@ -62,6 +65,8 @@ def load(
             of torchrun, keep their process's own setting.
         step_timeout: seconds without a finished step after which a call is given up.
         start_timeout: seconds that starting the workers and reading the weights may take.
+        cuda_graphs: within a call, capture denoiser calls that repeat and replay them; on CUDA devices
+            (`docs/cuda-graphs.md`).
         from_pretrained: keywords for `DiffusionPipeline.from_pretrained`, such as torch_dtype=torch.float16.
 
     Raises:
@@ -79,9 +84,12 @@ def load(
             "plan='auto' may take fewer devices than torchrun has started; ask `distrifusion plan` and name it"
         )
     if place is not None:
-        return _join(place, sources.find(source, from_pretrained), devices, wanted, backend, threads, step_timeout)
+        found = sources.find(source, from_pretrained)
+        return _join(place, found, devices, wanted, backend, threads, step_timeout, cuda_graphs)
     where, chosen = device_specs.resolve(devices, wanted)
     group_backend = _group_backend(backend, where[0])
+    if cuda_graphs:
+        check_device(where[0])
     found = sources.find(source, from_pretrained)
     if automatic:
         ranking = auto.choose(source, where, wish=fidelity, size=size, threads=threads, keywords=from_pretrained)
@@ -90,9 +98,13 @@ def load(
         _LOGGER.info("plan 'auto': %s", ranking.reason)
     found.check_plan(chosen)
     if len(where) == 1:
-        return InProcessPipeline(found.open(where[0]), chosen, where, threads)
+        alone = found.open(where[0])
+        if cuda_graphs:
+            parallelize(alone, chosen, SingleTransport(), cuda_graphs=True)
+        return InProcessPipeline(alone, chosen, where, threads)
     threads = threads or device_specs.threads_per_rank(where)
-    pipe = SpawnedPipeline(Crew(found, chosen, where, group_backend, threads, step_timeout, start_timeout))
+    crew = Crew(found, chosen, where, group_backend, threads, step_timeout, start_timeout, cuda_graphs)
+    pipe = SpawnedPipeline(crew)
     pipe.start()
     return pipe
 
@@ -105,14 +117,17 @@ def _join(
     backend: str | None,
     threads: int | None,
     step_timeout: float,
+    cuda_graphs: bool,
 ) -> LoadedPipeline:
     plan = device_specs.check_world(devices, wanted, place.world_size)
     found.check_plan(plan)
     device = place.device(devices)
+    if cuda_graphs:
+        check_device(device)
     joined = place.join(_group_backend(backend, device), device, step_timeout)
     pipe = found.open(device)
-    if plan.num_ranks > 1:
-        parallelize(pipe, plan)
+    if plan.num_ranks > 1 or cuda_graphs:
+        parallelize(pipe, plan, cuda_graphs=cuda_graphs)
     return InProcessPipeline(pipe, plan, (device,) * plan.num_ranks, threads, place.rank, ends_group=joined)
 
 

@@ -10,7 +10,7 @@ import torch
 from distrifusion.partition import Interval
 
 
-def map_tensors(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+def map_tensors(value: Any, change: Callable[[torch.Tensor], Any]) -> Any:
     """Apply `change` to every tensor in nested dicts, lists and tuples; diffusers' outputs are dicts."""
     if isinstance(value, torch.Tensor):
         return change(value)

@@ -41,7 +41,7 @@ class Pacing:
             team: ranks that share the picture, in band order.
             index: this rank's place in it.
             state: what the request keeps; None if it keeps nothing.
-            timestep: the call's timestep, a number or a tensor [] or [B].
+            timestep: the call's timestep, a number or a tensor [], [B] or [B, L] (of L tokens).
             device: where values are.
         """
         policy = CallPolicy(team, index)
@@ -66,8 +66,8 @@ class Pacing:
     def _forecast(self, state: CallState, timestep: Any, device: torch.device) -> Weight:
         """How much of their last change values are carried on by: in proportion to the steps of the solver's time."""
         time = torch.as_tensor(timestep, device=device).float()
-        if time.dim() > 1:  # tokens have times of their own
-            time = time.flatten(1).mean(1)
+        if time.dim() > 1:  # of every token: those of a given frame are at 0, the others at the solver's time
+            time = time.flatten(1).amax(1)
         if self._plan.renews(state.calls):
             before = state.times[-2:]
             state.times = (*before, time)

@@ -29,7 +29,6 @@ from distrifusion.strategies.pipefusion import Flow, PieceAttention, StageStrate
 from distrifusion.strategies.tokens import TokenStrategy, TooFewTokens
 from distrifusion.strategies.ulysses import UlyssesAttention
 from distrifusion.strategies.weights import num_bytes, set_aside
-from distrifusion.tokens import keep_rows, run_part
 
 _NOMINAL_TOKENS = 4096  # by which attention is weighed against all else, to balance stages before a call is known
 
@@ -131,7 +130,7 @@ class StageRule:
         shapes = self._shapes.get(key) if past_warmup else None
         in_pieces = shapes is not None and len(shapes.pieces) > 1
         latents = self._latents(call, shapes if in_pieces else None)
-        keep_rows(call, layout.rows)
+        call = call.take_rows(layout.rows)
         place = StagePlace.of(self._plan, layout)
         if shapes is not None and in_pieces:
             flow = Flow(place, shapes.pieces[0], shapes.picture, shapes.streams)
@@ -186,14 +185,14 @@ class StageRule:
         place = flow.place
         axes = AttentionAxes.of(self._plan, len(place.group), place.index)
         step = TokenStep(place.group, place.index, axes, piece=flow.piece)
-        run = partial(run_part, self._tokens, self._anatomy, forward, call)
+        run, cuts = self._tokens.run, self._anatomy.own_cuts
         try:
-            return run(step)
+            return run(step, forward, call, cuts)
         except TooFewTokens:
             # Before anything was sent: every rank of the stage then has all tokens.
             own = place.group[place.index :][:1]
             alone = AttentionAxes((0,), (0,), (0, 0))
-            return run(replace(step, team=own, index=0, axes=alone))
+            return run(replace(step, team=own, index=0, axes=alone), forward, call, cuts)
 
     def _shapes_of(self, call: TokenCall, picture: int) -> Shapes:
         """How calls of this shape are cut: in as many pieces as asked for, fewer where a stream has fewer tokens."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -13,9 +12,9 @@ from torch import nn
 from distrifusion.anatomy.base import Site
 from distrifusion.anatomy.tokens import TokenAnatomy, TokenCall
 from distrifusion.exchange.verbs import Exchange
+from distrifusion.memory.tokens import TokenQuestion, TokenShapes
 from distrifusion.mesh import AttentionAxes, CallLayout
-from distrifusion.nested import map_tensors, take_rows
-from distrifusion.partition import Interval
+from distrifusion.nested import map_tensors
 from distrifusion.plan import Plan
 from distrifusion.strategies.attach import Attachment
 from distrifusion.strategies.attention import Attend, TokenStep
@@ -51,6 +50,7 @@ class TokenRule:
         self._exchange = exchange
         self._prefix = prefix
         self._tokens = TokenStrategy(exchange, _method_of(plan, exchange))
+        self._shapes = TokenShapes(model, anatomy)
 
     def sites(self) -> list[Site]:
         """All sites in the model's own order; raises UnsupportedModel naming a layer that has no rule."""
@@ -68,22 +68,22 @@ class TokenRule:
         """Sort the arguments of a call; raises ConfigError on one that has no rule."""
         return self._anatomy.bind(forward, args, kwargs)
 
-    def question(self, call: TokenCall) -> None:
-        """How many tokens there are is known inside the model alone."""
+    def question(self, call: TokenCall) -> TokenQuestion | None:
+        """The call as one whose values are to be kept; None, with a warning, where shapes do not tell."""
+        return self._shapes.question(call, self._plan)
 
     def compute(
         self, forward: Callable[..., Any], call: TokenCall, layout: CallLayout, num_before: int, past_warmup: bool
     ) -> Any:
         """Run the model's own forward on this rank's batch rows; it meets the cuts inside."""
-        keep_rows(call, layout.rows)
+        own, cuts = call.take_rows(layout.rows), self._anatomy.own_cuts
         axes = AttentionAxes.of(self._plan, len(layout.team), layout.index)
         step = TokenStep(layout.team, layout.index, axes, alone=past_warmup and self._plan.naive)
-        run = partial(run_part, self._tokens, self._anatomy, forward, call)
         try:
-            return run(step)
+            return self._tokens.run(step, forward, own, cuts)
         except TooFewTokens:
             # Models need not bear empty parts, so a stream that short leaves the call whole on every rank.
-            return run(TokenStep(layout.team[layout.index :][:1], 0, axes))
+            return self._tokens.run(TokenStep(layout.team[layout.index :][:1], 0, axes), forward, own, cuts)
 
     def join(self, result: Any, call: TokenCall, layout: CallLayout) -> Any:
         """The output with all rows of the batch: the tokens have been joined inside."""
@@ -98,29 +98,6 @@ class TokenRule:
         parts = self._exchange.collect(f"{self._prefix}exit", own, shapes).wait()
         parts[self._exchange.transport.rank] = own
         return torch.cat([parts[rank] for rank in sorted(parts)])
-
-
-def keep_rows(call: TokenCall, rows: Interval) -> None:
-    """Leave a call some of its rows of the batch."""
-    arguments = call.bound.arguments
-    take = partial(take_rows, rows, call.sample.shape[0])
-    for name, value in arguments.items():
-        if name not in call.tokens:
-            arguments[name] = map_tensors(value, take)
-
-
-def run_part(
-    tokens: TokenStrategy, anatomy: TokenAnatomy, forward: Callable[..., Any], call: TokenCall, step: TokenStep
-) -> Any:
-    """The model's own forward on a part of the tokens; raises TooFewTokens, before anything is sent."""
-    tokens.begin(step)
-    given = dict(call.bound.arguments)
-    for cut in anatomy.own_cuts:
-        name = str(cut.tensor)
-        if name in given:
-            given[name] = tokens.cut(cut, given[name])
-    bound = inspect.BoundArguments(call.bound.signature, given)
-    return forward(*bound.args, **bound.kwargs)
 
 
 def _method_of(plan: Plan, exchange: Exchange) -> Attend:

@@ -178,6 +178,11 @@ class BoundCall:
         cut = {**self.batched, **self.spatial}
         return (take(self.sample),), {**map_tensors(cut, take), **self.rest}
 
+    def map(self, change: Callable[[torch.Tensor], Any]) -> BoundCall:
+        """The call with every tensor changed."""
+        parts = (map_tensors(part, change) for part in (self.sample, self.batched, self.spatial, self.rest))
+        return BoundCall(*parts)
+
 
 class Anatomy(Protocol):
     """Facts about one family of denoisers."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import lru_cache
+from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -17,7 +17,8 @@ from distrifusion.anatomy.base import LinkSite, Site
 from distrifusion.anatomy.blocks import BlockKind
 from distrifusion.anatomy.layers import check_call
 from distrifusion.errors import ConfigError, UnsupportedModel
-from distrifusion.nested import map_tensors
+from distrifusion.nested import map_tensors, take_rows
+from distrifusion.partition import Interval
 
 # Processors of the general Attention class that call scaled_dot_product_attention once, on all tokens that they get.
 _PROCESSORS = {
@@ -75,19 +76,24 @@ class TokenAttentionSite(Site):
     """Attention over tokens of other ranks: one call of `scaled_dot_product_attention` within its forward."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class TokenCall:
     """The arguments of one call.
 
     Attributes:
         bound: all arguments by name.
-        sample: the latents, with the batch as first dimension.
+        latents: the name of one of them.
         tokens: arguments that have tokens, not the batch, as first dimension.
     """
 
     bound: inspect.BoundArguments
-    sample: torch.Tensor
+    latents: str
     tokens: frozenset[str]
+
+    @property
+    def sample(self) -> torch.Tensor:
+        """The latents, with the batch as first dimension."""
+        return self.bound.arguments[self.latents]
 
     @property
     def timestep(self) -> Any:
@@ -103,12 +109,27 @@ class TokenCall:
 
     def of_rows(self, take: Callable[[torch.Tensor], torch.Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments of the model's forward for some rows of the batch; `take` gives those of a tensor with all."""
-        cut = {
+        bound = self._taking(take).bound
+        return bound.args, bound.kwargs
+
+    def map(self, change: Callable[[torch.Tensor], Any]) -> TokenCall:
+        """The call with every tensor changed."""
+        return self._with({name: map_tensors(value, change) for name, value in self.bound.arguments.items()})
+
+    def take_rows(self, rows: Interval) -> TokenCall:
+        """The call with some rows of the batch only."""
+        return self._taking(partial(take_rows, rows, self.sample.shape[0]))
+
+    def _taking(self, take: Callable[[torch.Tensor], torch.Tensor]) -> TokenCall:
+        changed = {
             name: value if name in self.tokens else map_tensors(value, take)
             for name, value in self.bound.arguments.items()
         }
-        bound = inspect.BoundArguments(self.bound.signature, cut)  # type: ignore[arg-type]
-        return bound.args, bound.kwargs
+        return self._with(changed)
+
+    def _with(self, arguments: dict[str, Any]) -> TokenCall:
+        bound = inspect.BoundArguments(self.bound.signature, arguments)  # type: ignore[arg-type]
+        return replace(self, bound=bound)
 
 
 @dataclass(frozen=True)
@@ -172,7 +193,7 @@ class TokenAnatomy:
             if prompts:
                 raise ConfigError(f"{name} {', '.join(prompts)}: image prompts of transformers have no rule for plans")
         tokens = frozenset(str(cut.tensor) for cut in self.own_cuts if cut.dim == 0)
-        return TokenCall(bound, bound.arguments[self.sample], tokens)
+        return TokenCall(bound, self.sample, tokens)
 
     @property
     def own_cuts(self) -> list[Cut]:

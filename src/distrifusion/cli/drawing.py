@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from distrifusion import demo
@@ -13,6 +14,7 @@ from distrifusion.errors import ConfigError
 if TYPE_CHECKING:
     from distrifusion.plan import Plan
     from distrifusion.runtime.devices import DeviceSpec
+    from distrifusion.runtime.source import PipelineFacts
 
 
 @dataclass(frozen=True)
@@ -83,17 +85,18 @@ class Wish:
         Raises:
             ConfigError: if one is unknown to the pipeline or cannot work.
         """
-        from distrifusion.runtime import call_checks, source
+        from distrifusion.runtime import call_checks
 
         embedded = demo.find(self.model)
         own = (None, None) if embedded is None else embedded.size
         width, height = options.size(self.size) if self.size else own
         given = {**self.call, "width": width, "height": height}
         arguments = {name: value for name, value in given.items() if value is not None}
-        facts = source.find(self.model, {}).facts
-        if facts is not None:
-            call_checks.check(facts, call_checks.bind(facts, (), arguments), self._wanted_plan())
-            self._check_scheduler(facts.cls, arguments)
+        if self.makes_video():
+            arguments["output_type"] = "pil"  # which is not the default of every video pipeline
+        if self.facts is not None:
+            call_checks.check(self.facts, call_checks.bind(self.facts, (), arguments), self._wanted_plan())
+            self._check_scheduler(self.facts.cls, arguments)
         return arguments
 
     def _wanted_plan(self) -> Plan | None:
@@ -109,6 +112,23 @@ class Wish:
 
         name = self.scheduler_class()
         words.check(cls, None, None if name is None else getattr(diffusers, name), arguments)
+
+    def makes_video(self) -> bool:
+        """Whether the pipeline gives frames. One whose class comes with its own code is taken to draw pictures."""
+        from distrifusion.runtime.source import makes_video
+
+        return self.facts is not None and makes_video(self.facts.cls)
+
+    @cached_property
+    def facts(self) -> PipelineFacts | None:
+        """What is known of the pipeline before it is open.
+
+        Raises:
+            ConfigError: if the model is none that can be found.
+        """
+        from distrifusion.runtime.source import find
+
+        return find(self.model, {}).facts
 
     def device_spec(self) -> DeviceSpec:
         """What `load` takes as devices.

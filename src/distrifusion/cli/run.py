@@ -1,4 +1,4 @@
-"""`distrifusion run`: draw one picture."""
+"""`distrifusion run`: draw one picture, or one video."""
 
 from __future__ import annotations
 
@@ -13,16 +13,15 @@ import typer
 
 from distrifusion.cli import options
 from distrifusion.cli.drawing import Wish, dtype_keyword, quiet_libraries, refuse_torchrun
+from distrifusion.cli.drawn import Comparison, Drawn
 from distrifusion.cli.editing import Edit
+from distrifusion.cli.output import Output, check_picture
 from distrifusion.cli.preview import Preview
 from distrifusion.cli.spoken import cancelled_by_ctrl_c, spoken_errors
 from distrifusion.errors import ConfigError
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
     from distrifusion.runtime.pipeline import LoadedPipeline
-    from distrifusion.timeline import Timeline
 
 _NUM_PREVIEWS = 10
 
@@ -78,6 +77,16 @@ def run(
         ),
     ] = None,
     size: options.Size = None,
+    frames: Annotated[
+        int | None,
+        typer.Option(
+            "--frames",
+            metavar="N",
+            help=r"Of a video. [dim]\[default: the pipeline's own][/dim]",
+            show_default=False,
+            rich_help_panel=options.PICTURE,
+        ),
+    ] = None,
     steps: options.Steps = 30,
     guidance: options.Guidance = None,
     seed: Annotated[
@@ -112,16 +121,36 @@ def run(
         ),
     ] = None,
     fidelity: options.WishedFidelity = None,
+    cuda_graphs: Annotated[
+        bool,
+        typer.Option(
+            "--cuda-graphs",
+            help="Capture denoiser calls that repeat, and replay them; on CUDA devices.",
+            rich_help_panel=options.DIVISION,
+        ),
+    ] = False,
     out: Annotated[
-        Path,
+        Path | None,
         typer.Option(
             "--out",
             "-o",
             metavar="FILE",
-            help="Where to write the picture; its ending says how.",
+            help="Where to write the picture; its ending says how. A video: .webp, .gif, .mp4, or a picture for every "
+            r"frame, out-%03d.png. [dim]\[default: out.png; out.webp for a video][/dim]",
+            show_default=False,
             rich_help_panel=options.OUTPUT,
         ),
-    ] = Path("out.png"),
+    ] = None,
+    fps: Annotated[
+        int | None,
+        typer.Option(
+            "--fps",
+            metavar="N",
+            help=r"Frames per second of a video. [dim]\[default: 16][/dim]",
+            show_default=False,
+            rich_help_panel=options.OUTPUT,
+        ),
+    ] = None,
     preview: Annotated[
         Path | None,
         typer.Option(
@@ -144,7 +173,7 @@ def run(
     trace: options.Trace = None,
     answer: options.AnswerFormat = options.Format.TEXT,
 ) -> None:
-    """Draw a picture and say how long a step took.
+    """Draw a picture, or a video where the model makes one, and say how long a step took.
 
     [bold]Examples[/bold]
 
@@ -160,6 +189,7 @@ def run(
         "sampler": sampler,
         "window": window,
         "tolerance": tolerance,
+        "num_frames": frames,
     }
     with spoken_errors():
         order = Order(
@@ -169,8 +199,9 @@ def run(
             lora,
             preview,
             trace,
+            cuda_graphs,
         )
-        _draw(order, out, compare, answer)
+        _draw(order, out, fps, compare, answer)
 
 
 @dataclass(frozen=True)
@@ -183,6 +214,7 @@ class Order:
     lora: Path | None
     preview: Path | None
     trace: Path | None
+    cuda_graphs: bool
 
     def arguments(self) -> dict[str, Any]:
         """Arguments of the pipeline's call.
@@ -193,84 +225,35 @@ class Order:
         drawing = self.wish.arguments()
         return self.edit.arguments(drawing, to_size=self.wish.size is not None) if self.edit else drawing
 
+    def output(self, path: Path | None, fps: int | None) -> Output:
+        """Where what is drawn goes.
+
+        Raises:
+            ConfigError: if it cannot be written there, or another option is for pictures and a video is drawn.
+        """
+        is_video = self.wish.makes_video()
+        for option, given in (("--image", self.edit), ("--preview", self.preview)):
+            if is_video and given is not None:
+                raise ConfigError(f"{option} is for models that draw pictures, and '{self.wish.model}' makes videos")
+        if self.preview is not None:
+            check_picture(self.preview)
+        return Output.of(path, fps, is_video)
+
     def source(self) -> tuple[Any, dict[str, Any]]:
         """What `load` opens, and its keywords for `from_pretrained`."""
         keywords = dtype_keyword(self.wish.dtype)
         return (self.edit.source(self.wish.model, keywords), {}) if self.edit else (self.wish.model, keywords)
 
 
-@dataclass(frozen=True)
-class Drawn:
-    """A picture and how it came out: plan, devices, seconds per step and in all; what the ranks did, if traced.
-
-    Attributes:
-        calls: denoiser calls of a sampler that solves steps together, where a step is a call; None otherwise.
-    """
-
-    picture: Image
-    plan: str
-    devices: str
-    per_step: float
-    total: float
-    timeline: Timeline | None
-    calls: int | None = None
-
-    def __str__(self) -> str:
-        step = "step" if self.calls is None else f"call, {self.calls} calls"
-        return f"{self.plan} on {self.devices}: {self.per_step:.3g} s per {step}, {self.total:.3g} s in all"
-
-    def as_dict(self) -> dict[str, Any]:
-        """The figures for JSON."""
-        return {
-            "plan": self.plan,
-            "devices": self.devices,
-            "seconds_per_step": self.per_step,
-            "seconds": self.total,
-            **({} if self.calls is None else {"calls": self.calls}),
-        }
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """What one device drew beside it."""
-
-    alone: Drawn
-    speedup_per_step: float
-    speedup: float
-    psnr: float
-    ssim: float
-    side_by_side: Path
-
-    def __str__(self) -> str:
-        return (
-            f"against {self.alone.devices} ({self.alone.per_step:.3g} s per step): {self.speedup_per_step:.2f}x per "
-            f"step, {self.speedup:.2f}x in all, PSNR {self.psnr:.1f} dB, SSIM {self.ssim:.4f}, "
-            f"side by side in {self.side_by_side}"
-        )
-
-    def as_dict(self) -> dict[str, Any]:
-        """The figures for JSON; a PSNR of null is that of equal pictures."""
-        return {
-            "one_device": self.alone.as_dict(),
-            "speedup_per_step": self.speedup_per_step,
-            "speedup": self.speedup,
-            "psnr_db": self.psnr if self.psnr < float("inf") else None,
-            "ssim": self.ssim,
-            "side_by_side": str(self.side_by_side),
-        }
-
-
-def _draw(order: Order, out: Path, compare: bool, answer: options.Format) -> None:
+def _draw(order: Order, out: Path | None, fps: int | None, compare: bool, answer: options.Format) -> None:
     # Torch and diffusers take seconds to import; `--help` and a wrong option do not wait for them.
     quiet_libraries()
     from distrifusion.engine.words import WORDS
     from distrifusion.loading import load
     from distrifusion.timeline import check_trace_path
 
+    output = order.output(out, fps)
     arguments = order.arguments()
-    for path in (out, order.preview):
-        if path is not None:
-            _check_picture_path(path)
     if order.trace is not None:
         check_trace_path(order.trace)
     if order.lora is not None and not order.lora.exists():
@@ -282,17 +265,19 @@ def _draw(order: Order, out: Path, compare: bool, answer: options.Format) -> Non
         plan, spec = order.wish.choose(arguments)
     if compare:
         _check_comparable(spec, plan)
-    with load(source, spec, plan, **keywords) as pipe:
+    with load(source, spec, plan, cuda_graphs=order.cuda_graphs, **keywords) as pipe:
         drawn = _once(pipe, order, arguments, str(pipe.plan), first=True)
         where, threads, chief = pipe.devices, pipe.threads, pipe.rank == 0
     if not chief:
         return
-    drawn.picture.save(out)
+    output.write(drawn.frames)
     if drawn.timeline is not None and order.trace is not None:
         drawn.timeline.write(order.trace)
     as_json = answer is options.Format.JSON
+    what = "picture" if output.fps is None else "video"
     if not as_json:
-        typer.echo(f"{drawn}, seed {order.seed}, picture in {out}")
+        how_long = "" if output.fps is None else f" of {len(drawn.frames)} frames"
+        typer.echo(f"{drawn}, seed {order.seed}, {what}{how_long} in {output.path}")
         if drawn.timeline is not None:
             typer.echo(f"{drawn.timeline.text()}\ntrace in {order.trace}")
     comparison = None
@@ -300,11 +285,12 @@ def _draw(order: Order, out: Path, compare: bool, answer: options.Format) -> Non
         with load(source, [where[0]], threads=threads, **keywords) as pipe:
             plain = {name: value for name, value in arguments.items() if name not in WORDS}
             alone = _once(pipe, order, plain, "1 device", first=False)
-        comparison = _compare(drawn, alone, out)
+        comparison = Comparison.of(drawn, alone, output)
     if as_json:
-        more = {"compared": comparison.as_dict()} if comparison else {}
+        more: dict[str, Any] = {"compared": comparison.as_dict()} if comparison else {}
         more |= {"trace": {"file": str(order.trace), **drawn.timeline.as_dict()}} if drawn.timeline else {}
-        typer.echo(json.dumps({**drawn.as_dict(), "seed": order.seed, "picture": str(out), **more}, indent=1))
+        more |= {} if output.fps is None else {"frames": len(drawn.frames)}
+        typer.echo(json.dumps({**drawn.as_dict(), "seed": order.seed, what: str(output.path), **more}, indent=1))
     elif comparison:
         typer.echo(comparison)
 
@@ -327,40 +313,13 @@ def _once(pipe: LoadedPipeline, order: Order, arguments: dict[str, Any], label: 
         every = max(1, arguments["num_inference_steps"] // _NUM_PREVIEWS)
         more["callback_on_step_end"] = Preview(order.preview, every, pipe.rank)
     with cancelled_by_ctrl_c(pipe), pipe.trace() if first and order.trace else nullcontext() as timeline:
-        picture = pipe(**arguments, **more).images[0]
+        result = pipe(**arguments, **more)
+    frames = list(result.frames[0]) if order.wish.makes_video() else [result.images[0]]
     times = pipe.last_run
     assert times is not None
     where = devices_in_words(pipe.devices, pipe.threads)
     calls = len(times.steps) if arguments.get("sampler") else None
-    return Drawn(picture, str(pipe.plan), where, times.seconds_per_step, times.total, timeline, calls)
-
-
-def _compare(drawn: Drawn, alone: Drawn, out: Path) -> Comparison:
-    from distrifusion.quality.metrics import psnr, ssim
-    from distrifusion.quality.panel import side_by_side
-
-    path = out.with_name(f"{out.stem}-compare{out.suffix}")
-    side_by_side(alone.picture, drawn.picture, "1 device", drawn.plan).save(path)
-    return Comparison(
-        alone,
-        alone.per_step / drawn.per_step,
-        alone.total / drawn.total,
-        psnr(drawn.picture, alone.picture),
-        ssim(drawn.picture, alone.picture),
-        path,
-    )
-
-
-def _check_picture_path(path: Path) -> None:
-    from PIL import Image
-
-    if not path.parent.is_dir():
-        raise ConfigError(f"there is no folder '{path.parent}' for the picture '{path.name}'; make it first")
-    if path.is_dir():
-        raise ConfigError(f"'{path}' is a folder; name a file in it, such as {path / 'out.png'}")
-    Image.init()
-    if path.suffix.lower() not in Image.EXTENSION or Image.EXTENSION[path.suffix.lower()] not in Image.SAVE:
-        raise ConfigError(f"'{path.name}' does not end in a kind of picture; use .png, .jpg or .webp")
+    return Drawn(frames, str(pipe.plan), where, times.seconds_per_step, times.total, timeline, calls)
 
 
 def _check_comparable(spec: Any, plan: str | None) -> None:

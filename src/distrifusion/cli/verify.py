@@ -191,6 +191,10 @@ def _task(wish: Wish, seeds: tuple[int, ...], prompts: tuple[str, ...], bfloat16
     refuse_torchrun("verify")
     if wish.plan is None and wish.devices is None:
         raise ConfigError("verify compares a plan with one device; say --plan, --devices, or both")
+    if wish.makes_video():
+        raise ConfigError(
+            f"verify measures pictures, and '{wish.model}' makes videos; distrifusion run --compare measures one"
+        )
     arguments = wish.arguments()
     where, plan = resolve(wish.device_spec(), None if wish.plan is None else Plan.parse(wish.plan))
     half = dtype_keyword("bfloat16") if bfloat16_floor else None

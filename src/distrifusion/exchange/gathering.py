@@ -103,8 +103,13 @@ class GatherBuffer(Posted):
             for rank in self._remote:
                 before[rank].lerp_(self.parts[rank], weight)
         # What was just received is now the value before; the next one arrives where the forecast is read.
+        self.turn()
+
+    def turn(self) -> None:
+        """Let the two buffers change places."""
+        assert self._before is not None
         self.buffer, self._before = self._before, self.buffer
-        self.parts = before
+        self.parts = self._split(self.buffer)
 
     def write(self, pieces: Iterable[torch.Tensor]) -> None:
         """Put this rank's fresh pieces [B, L_own, C] into their place."""

@@ -43,6 +43,20 @@ class Transport(Protocol):
         """Rank 0's value, on every rank. Every rank calls it."""
 
 
+class SingleTransport:
+    """One rank alone: there is nobody to send to."""
+
+    rank = 0
+    world_size = 1
+    can_be_captured = True
+
+    def post(self, sends: Any, receives: Any) -> Any:
+        raise AssertionError("one rank has no peers")
+
+    def broadcast(self, value: Any) -> Any:
+        return value
+
+
 class ProcessGroupTransport:
     """Messages over a torch process group (gloo or NCCL).
 
@@ -57,6 +71,14 @@ class ProcessGroupTransport:
         self._group = group
         self.rank = dist.get_rank(self._group)
         self.world_size = dist.get_world_size(self._group)
+
+    @property
+    def can_be_captured(self) -> bool:
+        """Whether messages of CUDA tensors are work of the device alone, as those of NCCL are."""
+        try:
+            return self._group._get_backend(torch.device("cuda")).name() == "nccl"
+        except RuntimeError:  # the group has no backend for CUDA
+            return False
 
     def post(self, sends: Sequence[Message], receives: Sequence[Message]) -> Pending:
         # Receives first: gloo's sends complete only against a posted receive.

@@ -75,6 +75,7 @@ class Exchange:
         posting: kind and name of what was posted last, which a trace reads.
         underway: messages that outlast the call in which they were asked for.
         num_synchronous: calls in which no value of a call before was read.
+        settles: what was posted is waited for before its call ends, not in the next one.
     """
 
     def __init__(self, transport: Transport) -> None:
@@ -83,6 +84,7 @@ class Exchange:
         self.bytes_sent: Counter[str] = Counter()
         self.num_posts = 0
         self.num_synchronous = 0
+        self.settles = False
         self._policy = CallPolicy((transport.rank,), 0)
         self._seen: Counter[str] = Counter()
         self._deferred: list[tuple[str, Posted]] = []
@@ -116,8 +118,19 @@ class Exchange:
             for posted in state.posted():
                 if isinstance(posted, Parcel) and posted.started:
                     self._post("parcel", posted)
+            if self.settles:
+                for posted in state.posted():
+                    _settle(posted, f"values that are kept under '{posted.name}'")
             state.calls += 1
         self.underway.end_call()
+
+    def repeated(self, policy: CallPolicy, sent: Counter[str], num_posts: int) -> None:
+        """Count a denoiser call of which the device repeated everything that this object does from `begin` to `end`."""
+        self.num_synchronous += not policy.stale
+        self.bytes_sent.update(sent)
+        self.num_posts += num_posts
+        if policy.state is not None:
+            policy.state.calls += 1
 
     def keeps(self, *kinds: SiteKind) -> bool:
         """Whether values of one of these kinds are kept for a later call."""

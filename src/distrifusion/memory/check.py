@@ -5,45 +5,28 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 
-from distrifusion.anatomy.base import Site
 from distrifusion.errors import PoolTooLarge
 from distrifusion.exchange.meeting import running_system
 from distrifusion.exchange.verbs import Exchange
 from distrifusion.memory.free import free_bytes, size_in_words
-from distrifusion.memory.prediction import kept_by
 from distrifusion.plan import DEFAULT_STALE, Norms, Plan
 
 # Parts of the height and width in which a smaller picture is looked for.
 _PARTS = 16
 
 
-@dataclass(frozen=True)
-class Question:
-    """A denoiser call whose values are to be kept.
-
-    Attributes:
-        sites, num_levels: of the denoiser.
-        shape: of the latents of all ranks: batch, channels, rows, columns.
-        dtype: of the latents.
-    """
-
-    sites: Sequence[Site]
-    num_levels: int
-    shape: tuple[int, ...]
-    dtype: torch.dtype
+class Question(Protocol):
+    """A denoiser call whose values are to be kept."""
 
     def by_rank(self, plan: Plan) -> list[int]:
         """Bytes that every rank of a plan would keep."""
-        ranks = range(plan.num_ranks)
-        return [kept_by(self.sites, self.num_levels, plan, r, self.shape, self.dtype).total() for r in ranks]
 
-    def smaller(self, part: float) -> Question:
-        """The same for a picture of a part of the height and of the width."""
-        batch, channels, height, width = self.shape
-        return replace(self, shape=(batch, channels, max(1, int(height * part)), max(1, int(width * part))))
+    def smaller(self, part: float) -> Question | None:
+        """The same for a picture of a part of the height and of the width; None where the model alone knows that."""
 
 
 @dataclass(frozen=True)
@@ -140,6 +123,7 @@ def _thinner(plan: Plan) -> Iterator[Plan]:
 def _smaller_picture(question: Question, plan: Plan, places: Places) -> str:
     """The largest picture that fits, in words."""
     for part in range(_PARTS - 1, 0, -1):
-        if places.short(question.smaller(part / _PARTS).by_rank(plan)) is None:
+        smaller = question.smaller(part / _PARTS)
+        if smaller is not None and places.short(smaller.by_rank(plan)) is None:
             return f", and so does this plan with a picture {part / _PARTS:.0%} as high and as wide"
     return ""

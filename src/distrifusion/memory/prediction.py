@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -57,8 +57,37 @@ def pool_bytes(model: nn.Module, plan: Plan, rank: int, shape: Sequence[int], dt
         raise PlanError(f"plan '{plan}': what components of a model keep is known after its first call")
     anatomy = anatomy_of(model)
     if isinstance(anatomy, TokenAnatomy):
-        raise UnsupportedModel(f"{type(model).__name__}: how many tokens it has, and so what it keeps, it alone knows")
+        raise UnsupportedModel(
+            f"{type(model).__name__}: how many tokens a call has, it alone knows; ask "
+            "distrifusion.memory.tokens.pool_bytes_of_call with the arguments of one"
+        )
     return kept_by(anatomy.sites(model), anatomy.num_levels(model), plan, rank, shape, dtype)
+
+
+@dataclass(frozen=True)
+class BandQuestion:
+    """What a call of a model with rows and columns keeps.
+
+    Attributes:
+        sites, num_levels: of the denoiser.
+        shape: of the latents of all ranks: batch, channels, rows, columns.
+        dtype: of the latents.
+    """
+
+    sites: Sequence[Site]
+    num_levels: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def by_rank(self, plan: Plan) -> list[int]:
+        """Bytes that every rank of a plan would keep."""
+        ranks = range(plan.num_ranks)
+        return [kept_by(self.sites, self.num_levels, plan, r, self.shape, self.dtype).total() for r in ranks]
+
+    def smaller(self, part: float) -> BandQuestion:
+        """The same for a picture of a part of the height and of the width."""
+        batch, channels, height, width = self.shape
+        return replace(self, shape=(batch, channels, max(1, int(height * part)), max(1, int(width * part))))
 
 
 def kept_by(
@@ -81,6 +110,26 @@ def kept_by(
         if isinstance(site, BandSite) and kind in plan.kept and not site.name.startswith(whole):
             total[kind] += band.kept(site, channels, below.get(site.name))
         channels = getattr(site.module, "out_channels", channels)
+    return total
+
+
+def gathered_bytes(plan: Plan, parts: Sequence[Sequence[int]], index: int, itemsize: int) -> int:
+    """Bytes of everybody's keys and values at one site, and of what their forecast, coding and drift need.
+
+    Args:
+        plan: how they travel.
+        parts: shapes [L, B, 2, C] of what every place of the team has.
+        index: this rank's place.
+        itemsize: bytes of a value.
+    """
+    sending = Sending.of(plan)
+    own = parts[index]
+    total = itemsize * sum(map(prod, parts)) * (2 if sending.forecasts else 1)
+    if sending.codec is not None:
+        # What the peers hold of the own values, and the codes given and taken.
+        total += itemsize * prod(own) + sum(map(sending.codec.num_bytes, parts))
+    if plan.resync is not None:
+        total += _SAMPLE_BYTES * -(-own[0] // SAMPLED) * prod(own[1:])
     return total
 
 
@@ -131,18 +180,10 @@ class _Band:
         return self._borders(below or level, wants, module.in_channels)
 
     def _gathered(self, level: Level, channels: int) -> int:
-        """Bytes of everybody's keys and values of a level, and of what their forecast, coding and drift need."""
+        """Bytes of everybody's keys and values of a level, and of what goes with them."""
         assert level.bands is not None
-        sending = Sending.of(self.plan)
         parts = [(len(band) * level.across, self.batch, 2, channels) for band in level.bands]
-        own = parts[self.index]
-        total = self.itemsize * sum(map(prod, parts)) * (2 if sending.forecasts else 1)
-        if sending.codec is not None:
-            # What the peers hold of the own values, and the codes given and taken.
-            total += self.itemsize * prod(own) + sum(map(sending.codec.num_bytes, parts))
-        if self.plan.resync is not None:
-            total += _SAMPLE_BYTES * -(-own[0] // SAMPLED) * prod(own[1:])
-        return total
+        return gathered_bytes(self.plan, parts, self.index, self.itemsize)
 
     def _borders(self, level: Level, wants: Sequence[Interval], channels: int) -> int:
         """Bytes of the rows that this band gives and takes where every band wants some interval."""

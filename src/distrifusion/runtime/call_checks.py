@@ -18,7 +18,7 @@ from distrifusion.runtime.source import PipelineFacts, takes_step_callback
 # diffusers' check_inputs asks for it whatever the VAE.
 _PIXELS = 8
 _OLD_CALLBACK = ("callback", "callback_steps")
-_COUNTS = ("num_inference_steps", "num_images_per_prompt")
+_COUNTS = ("num_inference_steps", "num_images_per_prompt", "num_frames")
 
 
 def bind(facts: PipelineFacts, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:

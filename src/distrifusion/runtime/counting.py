@@ -14,6 +14,7 @@ class CountedTransport:
     def __init__(self, transport: Transport, count: Callable[[], None]) -> None:
         self.rank = transport.rank
         self.world_size = transport.world_size
+        self.can_be_captured = getattr(transport, "can_be_captured", False)
         self._transport = transport
         self._count = count
 

@@ -90,6 +90,11 @@ def takes_step_callback(cls: type) -> bool:
     return "callback_on_step_end" in inspect.signature(cls.__call__).parameters
 
 
+def makes_video(cls: type) -> bool:
+    """True if pipelines of this class give frames."""
+    return "num_frames" in inspect.signature(cls.__call__).parameters
+
+
 def find(source: object, keywords: Mapping[str, Any]) -> Source:
     """Find out what `source` is and check it and the `from_pretrained` keywords, without reading weights.
 
@@ -192,6 +197,7 @@ def check_keywords(cls: type | None, keywords: Mapping[str, Any]) -> None:
             continue
         components = list(inspect.signature(cls).parameters)
         ours = ["devices", "plan", "fidelity", "size", "backend", "threads", "step_timeout", "start_timeout"]
+        ours += ["cuda_graphs"]
         known = [*ours, *_FROM_PRETRAINED, *components]
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)

@@ -69,7 +69,7 @@ class TensorStrategy:
 
     def __init__(self, exchange: Exchange, share: Share) -> None:
         self._exchange = exchange
-        self._share = share
+        self.share = share
 
     def attach(self, sites: Sequence[Site], layers: Attachment) -> None:
         """Replace the forward of every layer that makes, norms or reads units, and of those whose output is a sum."""
@@ -103,38 +103,38 @@ class TensorStrategy:
 
     def _make(self, layer: UnitLayer, forward: Forward, x: torch.Tensor) -> torch.Tensor:
         """The own units of a whole input."""
-        module, own = layer.module, self._share.channels(layer.stretches)
+        module, own = layer.module, self.share.channels(layer.stretches)
         bias = None if module.bias is None else take(module.bias, 0, own)
         return _apply(module, x, take(module.weight, 0, own), bias)
 
     def _norm(self, layer: UnitLayer, forward: Forward, x: torch.Tensor) -> torch.Tensor:
         """The group norm of the own groups."""
-        norm, own = layer.module, self._share.channels(layer.stretches)
+        norm, own = layer.module, self.share.channels(layer.stretches)
         assert isinstance(norm, nn.GroupNorm)
         weight, bias = (take(p, 0, own) for p in (norm.weight, norm.bias)) if norm.affine else (None, None)
-        return F.group_norm(x, len(self._share.of(layer.stretches[0].units)), weight, bias, norm.eps)
+        return F.group_norm(x, len(self.share.of(layer.stretches[0].units)), weight, bias, norm.eps)
 
     def _span(self, place: Site, layer: UnitLayer, forward: Forward, x: torch.Tensor) -> torch.Tensor:
         """A root-mean-square norm over the channels [..., C] of everybody's units, for the own ones."""
         (stretch,) = layer.stretches
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         squares = wide.square().sum(-1, keepdim=True)
-        if not self._share.has(stretch.units):
+        if not self.share.has(stretch.units):
             squares.zero_()
         mean = self._exchange.sum(place.name, squares).wait() / (stretch.units.count * stretch.width)
         eps = torch.finfo(x.dtype).eps if layer.module.eps is None else layer.module.eps
         normed = wide * torch.rsqrt(mean + eps)
         weight = layer.module.weight
         if weight is not None:
-            normed = normed * take(weight, 0, self._share.channels(layer.stretches))
+            normed = normed * take(weight, 0, self.share.channels(layer.stretches))
         return normed.to(x.dtype)
 
     def _read(self, layer: UnitLayer, forward: Forward, x: torch.Tensor) -> torch.Tensor:
         """What the own units add to the output [B, ..., C] or [B, C, H, W]; the first place adds the bias."""
         module, dim = layer.module, 1 if isinstance(layer.module, nn.Conv2d) else -1
-        own = self._share.channels(layer.stretches)
-        read = [c for c, stretch in zip(own, layer.stretches, strict=True) if self._share.has(stretch.units)]
-        bias = module.bias if self._share.place == 0 else None
+        own = self.share.channels(layer.stretches)
+        read = [c for c, stretch in zip(own, layer.stretches, strict=True) if self.share.has(stretch.units)]
+        bias = module.bias if self.share.place == 0 else None
         if x.shape[dim] == sum(stretch.units.count * stretch.width for stretch in layer.stretches):
             x = take(x, dim, read or own)
         elif 0 < len(read) < len(own):
@@ -152,11 +152,11 @@ class TensorStrategy:
         own = forward(x)
         (stretch,) = site.makers[0].stretches
         whole = own.new_empty(stretch.units.count, own.shape[0], *own.shape[2:])
-        places = [Share(place, self._share.num_places) for place in range(self._share.num_places)]
+        places = [Share(place, self.share.num_places) for place in range(self.share.num_places)]
         lengths = [len(share.of(stretch.units)) if share.has(stretch.units) else 0 for share in places]
         parts = dict(zip(self._exchange.team, whole.split(lengths), strict=True))
         mine = parts.pop(self._exchange.transport.rank)
-        if self._share.has(stretch.units):
+        if self.share.has(stretch.units):
             mine.copy_(own.transpose(0, 1))
         self._exchange.swap(site.name, dict.fromkeys(parts, mine), parts, PART).wait()
         return whole.transpose(0, 1).contiguous(memory_format=_layout(site.makers))
@@ -166,7 +166,7 @@ class TensorStrategy:
             return forward(*args, **kwargs)
 
     def _own_count(self, stretch: Stretch) -> int:
-        return len(self._share.of(stretch.units)) * stretch.width
+        return len(self.share.of(stretch.units)) * stretch.width
 
 
 def take(x: torch.Tensor, dim: int, parts: Sequence[Interval]) -> torch.Tensor:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from distrifusion.anatomy.base import Site
-from distrifusion.anatomy.tokens import Cut, CutSite, JoinSite, TokenAttentionSite
+from distrifusion.anatomy.tokens import Cut, CutSite, JoinSite, TokenAttentionSite, TokenCall
 from distrifusion.errors import UnsupportedModel
 from distrifusion.exchange.handles import with_length
 from distrifusion.exchange.verbs import Exchange
@@ -44,7 +44,7 @@ class TokenStrategy:
         self._step: TokenStep | None = None
         # Numbers of tokens that were cut in this call. All ranks know them alike, so they say whether a site's parts
         # have been told already.
-        self._wholes: dict[Cut, int] = {}
+        self.wholes: dict[Cut, int] = {}
         self._told: dict[Any, tuple[tuple[int, ...], ...]] = {}
 
     def attach(self, sites: Sequence[Site], attachment: Attachment) -> None:
@@ -63,15 +63,22 @@ class TokenStrategy:
                 case _:
                     raise UnsupportedModel(f"layer '{site.name}': a cut by tokens has no rule for {type(site)}")
 
-    def begin(self, step: TokenStep) -> None:
-        """Set the call that the layers are in."""
+    def run(self, step: TokenStep, forward: Forward, call: TokenCall, cuts: Sequence[Cut]) -> Any:
+        """The model's own forward on a call, of which some arguments are cut before."""
         self._step = step
-        self._wholes.clear()
+        self.wholes.clear()
+        given = dict(call.bound.arguments)
+        for cut in cuts:
+            name = str(cut.tensor)
+            if name in given:
+                given[name] = self.cut(cut, given[name])
+        bound = inspect.BoundArguments(call.bound.signature, given)
+        return forward(*bound.args, **bound.kwargs)
 
     @property
     def fewest(self) -> int:
         """Tokens of the shortest stream that was cut in this call."""
-        return min(self._wholes.values())
+        return min(self.wholes.values())
 
     @property
     def step(self) -> TokenStep:
@@ -89,7 +96,7 @@ class TokenStrategy:
         num_tokens = x.shape[cut.dim]
         if num_tokens < self.step.num_parts:
             raise TooFewTokens
-        self._wholes[cut] = num_tokens
+        self.wholes[cut] = num_tokens
         if self.step.num_parts == 1:
             return x
         own = self.step.own(num_tokens)
@@ -131,7 +138,7 @@ class TokenStrategy:
     def _attention(self, site: TokenAttentionSite, forward: Forward, *args: Any, **kwargs: Any) -> Any:
         if (len(self.step.team) == 1 and self.step.piece is None) or self.step.alone:
             return forward(*args, **kwargs)
-        with _AttentionCalls(partial(self._answer, site)) as calls:
+        with _AttentionCalls(partial(self.answer, site)) as calls:
             result = forward(*args, **kwargs)
         if calls.count != 1:
             raise UnsupportedModel(
@@ -140,7 +147,7 @@ class TokenStrategy:
             )
         return result
 
-    def _answer(
+    def answer(
         self,
         site: TokenAttentionSite,
         query: torch.Tensor,
@@ -178,7 +185,7 @@ class TokenStrategy:
     def lengths(self, site: Site, like: torch.Tensor, *own: int) -> tuple[tuple[int, ...], ...]:
         """For each of the own numbers of tokens, that of every place: told once for streams of the same lengths."""
         team, place = self.step.team, self.step.index
-        key = (site.name, team, self.step.piece, tuple(self._wholes.items()))
+        key = (site.name, team, self.step.piece, tuple(self.wholes.items()))
         if key not in self._told:
             # On the meta device numbers have values where tokens have none.
             numbers = torch.tensor(own, device="cpu" if like.is_meta else like.device)

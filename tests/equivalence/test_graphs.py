@@ -189,13 +189,13 @@ def test_a_request_sees_the_model_as_it_is_at_its_start(
 
 def test_two_calls_of_one_step_have_graphs_of_their_own() -> None:
     """With a prompt, and with what not to draw: same shapes, kept values of their own."""
-    wanted = steps_of(sd3_inputs(1, 6, 6), 6)
+    model, wanted = sd3(), steps_of(sd3_inputs(1, 6, 6), 6)
     unwanted = [moved(x, 0.5) for x in wanted]
 
     def body(captured: bool) -> Any:
         @torch.no_grad()
         def work(transport: Any) -> list[torch.Tensor]:
-            own, recorder = share_weights(sd3()), Recorder()
+            own, recorder = share_weights(model), Recorder()
             denoiser = ParallelDenoiser(own, Plan.parse("patch2.displaced.w0"), RecordedTransport(transport, recorder))
             denoiser.attach()
             if captured:

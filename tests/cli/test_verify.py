@@ -57,7 +57,7 @@ def test_a_missed_limit_is_told_and_is_the_exit_status(displaced: Any) -> None:
     assert done.stdout.endswith(f" %\ntrace: {out / 't.json'}\nmissed\n")
     assert "skipped: MS-SSIM of the picture: a side of the picture is below 176 pixels" in done.stdout
     assert (
-        "skipped: Frechet distance to one device: the classifier reads pictures of the demo model only" in done.stdout
+        "skipped: Frechet distance to one device: the classifier reads pictures of the demo models only" in done.stdout
     )
 
 

@@ -214,7 +214,7 @@ class Order:
     lora: Path | None
     preview: Path | None
     trace: Path | None
-    cuda_graphs: bool
+    cuda_graphs: bool = False
 
     def arguments(self) -> dict[str, Any]:
         """Arguments of the pipeline's call.

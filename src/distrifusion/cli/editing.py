@@ -48,8 +48,7 @@ class Edit:
         from distrifusion.runtime import source
 
         found = source.find(model, keywords)
-        assert isinstance(found.origin, str), "only a folder or a hub id has a name"
-        return partial(_open, found.origin, self.mask is not None, dict(found.keywords))
+        return partial(_open, str(found.origin), self.mask is not None, dict(found.keywords))
 
     def arguments(self, drawing: dict[str, Any], to_size: bool) -> dict[str, Any]:
         """Arguments of the call, from those of drawing without a picture.

@@ -55,8 +55,9 @@ class Ranking:
             tried = next((p for p in self.predictions if p.plan.num_ranks > 1), None)
             if tried is None:
                 return "one device: no plan divides the model over more of them"
+            word = "fastest" if self.speedup(tried) <= 1 else f"as fast to {_MARGIN - 1:.0%}, and simpler"
             return (
-                f"one device is fastest: the best plan of several, '{tried.plan}', is predicted at "
+                f"one device is {word}: the best plan of several, '{tried.plan}', is predicted at "
                 f"{self.speedup(tried):.2f}x, limited by {tried.limit}"
             )
         exactly = "exact" if self.chosen.plan.exact else f"not exact ({fidelity_of(self.chosen.plan)})"

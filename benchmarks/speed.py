@@ -54,7 +54,6 @@ PLANS = {
         "patch{n}.delta8",
         "patch{n}.delta4",
         "patch{n}.displaced.delta4.w4",
-        "async{n}.w4",
     ),
     2: ("cfg2", "patch{n}", "patch{n}.displaced.w4"),
 }

@@ -33,7 +33,7 @@ help: ## this list
 	@awk -F':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
 	@echo
 	@echo '  make run PROMPT="a red sunrise over a lake" DEVICES=2 [COMPARE=1] [PLAN=patch2.displaced.w4] [SIZE=384x256]'
-	@echo '           [STEPS=30] [GUIDANCE=5] [SEED=7] [OUT=out.png] [MODEL=demo]'
+	@echo '           [STEPS=30] [GUIDANCE=5] [SEED=7] [OUT=out.png] [MODEL=demo-dit]'
 	@echo '  make test [TESTS=tests/...]        other Python: PYTHON=python3.12 (for a new .venv)'
 
 setup: $(STAMP) ## create .venv and install; does nothing when nothing changed

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from published import Row
+
+if TYPE_CHECKING:
+    from published import Row
 
 _POLICIES = {
     "exact": "patch, exact",
@@ -101,7 +103,7 @@ def _speedups(rows: Sequence[dict[str, Any]], aim: Mapping[int, float], path: Pa
         axes.set_xlabel("devices (shaded: more than one machine)")
     for axes in grid[:, 0]:
         axes.set_ylabel("predicted speed-up of a picture")
-    grid[0, -1].legend(frameon=False, fontsize=8)
+    _legend(figure, grid)
     figure.suptitle("SDXL, 50 steps, A100: predicted")
     figure.savefig(path, dpi=100)
     plt.close(figure)
@@ -126,7 +128,16 @@ def _parts(rows: Sequence[dict[str, Any]], path: Path) -> None:
             axes.set_xlim(0, 1.12 * max(left))
     for axes in grid[-1]:
         axes.set_xlabel("predicted seconds of a picture")
-    grid[0, -1].legend(frameon=False, fontsize=8, loc="upper right")
+    _legend(figure, grid)
     figure.suptitle("SDXL on 8 A100, 50 steps: what a picture's seconds are spent on, predicted")
     figure.savefig(path, dpi=100)
     plt.close(figure)
+
+
+def _legend(figure: Any, grid: Any) -> None:
+    """One for all panels, below them."""
+    found: dict[str, Any] = {}
+    for axes in grid.flat:
+        handles, labels = axes.get_legend_handles_labels()
+        found |= dict(zip(labels, handles, strict=True))
+    figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=7, frameon=False, fontsize=9)

@@ -22,8 +22,9 @@ GUIDANCE :=
 SEED :=
 OUT :=
 COMPARE :=
-# What `make test` takes: files, or a test's address.
+# What `make test` takes: files, or a test's address; and the number of processes that share the tests.
 TESTS :=
+JOBS := 2
 
 # Text goes to the shell through its environment, never through the recipe: quotes, $ and ; in a prompt stay what they are.
 override export PROMPT := $(value PROMPT)
@@ -34,7 +35,7 @@ help: ## this list
 	@echo
 	@echo '  make run PROMPT="a red sunrise over a lake" DEVICES=2 [COMPARE=1] [PLAN=patch2.displaced.w4] [SIZE=384x256]'
 	@echo '           [STEPS=30] [GUIDANCE=5] [SEED=7] [OUT=out.png] [MODEL=demo-dit]'
-	@echo '  make test [TESTS=tests/...]        other Python: PYTHON=python3.12 (for a new .venv)'
+	@echo '  make test [TESTS=tests/...] [JOBS=2]   other Python: PYTHON=python3.12 (for a new .venv)'
 
 setup: $(STAMP) ## create .venv and install; does nothing when nothing changed
 
@@ -50,10 +51,10 @@ run: setup ## draw PROMPT with MODEL on DEVICES processes
 	$${OUT:+-o "$$OUT"} $(if $(filter-out 0,$(COMPARE)),--compare)
 
 test: setup ## set up and pass the tests
-	$(BIN)/python -m pytest -q $(TESTS)
+	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile $(TESTS)
 
 support: setup ## pass the tests and write what they prove to support.json and docs/support.md
-	$(BIN)/python -m pytest -q --write-support
+	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --write-support
 
 lint: setup ## rules, format, types and the tables of measurements, changing nothing
 	$(BIN)/ruff check

@@ -9,7 +9,7 @@ import torch
 from hypothesis import settings
 
 from distrifusion import support
-from support_matrix import SupportMatrix, covers_all
+from support_matrix import Claims, SupportMatrix, covers_all
 
 settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=60)
 settings.load_profile("repeatable")
@@ -22,6 +22,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if hasattr(config, "workerinput"):  # one of several processes; the one that started them gets all reports
+        config.pluginmanager.register(Claims(), "support-claims")
+        return
     matrix = SupportMatrix(support.matrix(), config.getoption("--write-support"), covers_all(config))
     config.pluginmanager.register(matrix, "support-matrix")
 

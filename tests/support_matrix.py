@@ -1,7 +1,8 @@
 """The support matrix follows the tests: a line is what a passing test with the marker `supports(area, name)` proves.
 
 A run of the whole suite fails if the committed matrix names a line that no test proves, or lacks one that a test does.
-`pytest --write-support` writes the matrix instead.
+`pytest --write-support` writes the matrix instead. A test's claims travel with its reports, so that tests may run in
+several processes.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ _ROOT = Path(__file__).parents[1]
 DATA = _ROOT / "src" / "distrifusion" / "support.json"
 DOCUMENT = _ROOT / "docs" / "support.md"
 
+_CLAIM = "supports"
+
 _OPENING = """\
 # What is supported
 
@@ -28,7 +31,16 @@ installed version. The file is written by `make support`, and the test suite fai
 """
 
 
-class SupportMatrix:
+class Claims:
+    """Lets every test's reports say what it claims to prove."""
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        for item in items:
+            item.user_properties += [(_CLAIM, claim(mark)) for mark in item.iter_markers("supports")]
+
+
+class SupportMatrix(Claims):
     """Collects what the tests of one run proved, and compares or writes it at the end.
 
     Args:
@@ -45,18 +57,13 @@ class SupportMatrix:
         self._outcomes: dict[str, str] = {}
         self._says: list[str] = []
 
-    @pytest.hookimpl(trylast=True)
-    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        for item in items:
-            claims = [claim(mark) for mark in item.iter_markers("supports")]
-            if claims:
-                self._claims[item.nodeid] = list(dict.fromkeys(claims))
-
     def pytest_deselected(self, items: list[pytest.Item]) -> None:
         self._whole = self._whole and not items
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        if report.nodeid in self._claims and (report.when == "call" or report.outcome != "passed"):
+        claims = [tuple(value) for key, value in report.user_properties if key == _CLAIM]
+        if claims and (report.when == "call" or report.outcome != "passed"):
+            self._claims[report.nodeid] = list(dict.fromkeys(claims))
             self._outcomes[report.nodeid] = report.outcome
 
     @pytest.hookimpl(trylast=True)

@@ -25,7 +25,8 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from distrifusion.exchange.verbs import CallPolicy, Exchange
+from distrifusion.exchange.policy import CallPolicy
+from distrifusion.exchange.verbs import Exchange
 
 RANKS = 2
 

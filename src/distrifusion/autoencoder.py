@@ -17,8 +17,8 @@ from torch import nn
 from distrifusion.anatomy.base import Site
 from distrifusion.anatomy.vae import coder_anatomy_of
 from distrifusion.division import Division
+from distrifusion.exchange.policy import CallPolicy
 from distrifusion.exchange.transport import Transport
-from distrifusion.exchange.verbs import CallPolicy
 from distrifusion.partition import Interval, Level, partition_shapes
 from distrifusion.plan import Norms, Split
 from distrifusion.strategies.attach import Attachment

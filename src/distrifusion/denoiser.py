@@ -17,9 +17,10 @@ from distrifusion.bands import BandRule
 from distrifusion.components import ComponentRule
 from distrifusion.division import Division
 from distrifusion.errors import ConfigError
+from distrifusion.exchange.policy import CallPolicy
 from distrifusion.exchange.pool import CallState, Pool
 from distrifusion.exchange.transport import Transport
-from distrifusion.exchange.verbs import CallPolicy, Exchange
+from distrifusion.exchange.verbs import Exchange
 from distrifusion.graphs import Backend, Graphs
 from distrifusion.memory.check import Question, check_fits
 from distrifusion.mesh import CallLayout, RankGrid

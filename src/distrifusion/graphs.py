@@ -18,8 +18,9 @@ import torch
 
 from distrifusion.errors import ConfigError
 from distrifusion.exchange.gathering import GatherBuffer
+from distrifusion.exchange.policy import CallPolicy
 from distrifusion.exchange.transport import Transport
-from distrifusion.exchange.verbs import CallPolicy, Exchange
+from distrifusion.exchange.verbs import Exchange
 from distrifusion.nested import map_tensors
 from distrifusion.plan import Plan
 

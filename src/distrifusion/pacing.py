@@ -11,8 +11,9 @@ import torch
 
 from distrifusion.exchange.gathering import Sending, Weight
 from distrifusion.exchange.handles import Swap
+from distrifusion.exchange.policy import CallPolicy
 from distrifusion.exchange.pool import CallState
-from distrifusion.exchange.verbs import CallPolicy, Exchange
+from distrifusion.exchange.verbs import Exchange
 from distrifusion.plan import Plan
 
 _MOST_STEPS = 2.0  # a forecast goes no further than this many times the last step

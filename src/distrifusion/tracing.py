@@ -18,10 +18,10 @@ from torch import nn
 from distrifusion.denoiser import ParallelDenoiser
 from distrifusion.errors import ConfigError
 from distrifusion.exchange.meeting import running_system
+from distrifusion.exchange.policy import CallPolicy
 from distrifusion.exchange.posted import tag_of
 from distrifusion.exchange.traced import Mark, Noted, TracedTransport
 from distrifusion.exchange.transport import Message, Transport
-from distrifusion.exchange.verbs import CallPolicy
 from distrifusion.plan import Plan
 from distrifusion.strategies.attach import Attachment
 from distrifusion.timeline import ALONE, DISPLACED, SYNCHRONOUS, Call, RankTimeline, Span, Timeline

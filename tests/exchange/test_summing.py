@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from distrifusion.exchange.policy import CallPolicy
 from distrifusion.exchange.summing import SUM
-from distrifusion.exchange.verbs import CallPolicy, Exchange
+from distrifusion.exchange.verbs import Exchange
 from distrifusion.exchange.virtual import VirtualTransport, VirtualWorld
 
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from distrifusion import StepTimeout
+from distrifusion.exchange.policy import CallPolicy
 from distrifusion.exchange.pool import CallState
-from distrifusion.exchange.verbs import CallPolicy, Exchange
+from distrifusion.exchange.verbs import Exchange
 from distrifusion.exchange.virtual import VirtualTransport, VirtualWorld
 from distrifusion.plan import ALL_KINDS, SiteKind
 

@@ -6,7 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distrifusion.exchange.verbs import CallPolicy, Exchange
+from distrifusion.exchange.policy import CallPolicy
+from distrifusion.exchange.verbs import Exchange
 from distrifusion.exchange.virtual import VirtualTransport, VirtualWorld
 from distrifusion.partition import Interval
 

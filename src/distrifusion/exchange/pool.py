@@ -111,6 +111,20 @@ class CallState:
     relays: dict[str, Relay] = field(default_factory=dict)
     pieces: dict[str, PieceBuffer] = field(default_factory=dict)
 
+    def keep(
+        self, name: str, kind: SiteKind, sends: dict[int, torch.Tensor], receives: dict[int, torch.Tensor]
+    ) -> None:
+        """Store the small values of a fresh exchange for the next call, in their parcel if they already have one."""
+        entry = self.swaps.get(name)
+        if entry is None or entry.parcel is None:
+            # Clones: a row block can be a view of an activation that later layers overwrite.
+            self.swaps[name] = Swapped(kind, {peer: value.clone() for peer, value in sends.items()}, receives)
+            return
+        entry.parcel.settle()
+        for kept, values in ((entry.outgoing, sends), (entry.incoming, receives)):
+            for peer, value in values.items():
+                kept[peer].copy_(value)
+
     def pack(self) -> None:
         """Put small values that still stand alone into parcels; names, not this order, say later which is which.
 

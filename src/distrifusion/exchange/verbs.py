@@ -6,61 +6,25 @@ Nothing else communicates.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 
 import torch
 
-from distrifusion.errors import RankFailed, StepTimeout
 from distrifusion.exchange.borders import borders_of
-from distrifusion.exchange.gathering import AS_THEY_ARE, GatherBuffer, Sending, Weight
+from distrifusion.exchange.gathering import AS_THEY_ARE, GatherBuffer
 from distrifusion.exchange.handles import Gathered, Halo, Shared, Swap, with_length
 from distrifusion.exchange.pieces import PieceBuffer
-from distrifusion.exchange.pool import CallState, Parcel, Swapped
+from distrifusion.exchange.policy import CallPolicy
+from distrifusion.exchange.pool import Parcel, Swapped
 from distrifusion.exchange.posted import Posted, tag_of
 from distrifusion.exchange.relay import Parties, Relay
 from distrifusion.exchange.summing import SUM, Sum, Trade
 from distrifusion.exchange.transport import Message, Transport
 from distrifusion.exchange.underway import Underway
+from distrifusion.exchange.waiting import named, settle, value_of
 from distrifusion.partition import Interval
 from distrifusion.plan import SiteKind
-
-
-@dataclass(frozen=True)
-class CallPolicy:
-    """How the exchanges of one denoiser call behave.
-
-    Attributes:
-        team: ranks that share the picture of this call, in band order.
-        index: this rank's place in the team.
-        keep: kinds whose values are kept for the next call.
-        stale: kinds, among `keep`, that use the last call's remote values now.
-        state: where kept values live; None if nothing is kept.
-        frozen: kept values are used again and not renewed.
-        sending: how keys and values travel.
-        codes: keys and values are sent as codes in this call.
-        forecast: how much of their last change stale keys and values are carried on by.
-        watches: whether the drift of kept keys and values is measured.
-        late: what is taken is the last value that was given, not this call's.
-        renews: what is given and taken late moves on in this call.
-        num_relayed: values that a rank keeps of what it takes.
-    """
-
-    team: tuple[int, ...]
-    index: int
-    keep: frozenset[SiteKind] = frozenset()
-    stale: frozenset[SiteKind] = frozenset()
-    state: CallState | None = None
-    frozen: bool = False
-    sending: Sending = AS_THEY_ARE
-    codes: bool = False
-    forecast: Weight = 0.0
-    watches: bool = False
-    late: bool = False
-    renews: bool = True
-    num_relayed: int = 1
 
 
 class Exchange:
@@ -112,7 +76,7 @@ class Exchange:
         """End a denoiser call: what was not posted yet is posted, also of sites that were skipped in this call."""
         self._flush()
         for given in self._given:
-            _settle(given, _what(None, given.name))
+            settle(given, value_of(None, given.name))
         state = self._policy.state
         if state is not None:
             for posted in state.posted():
@@ -120,7 +84,7 @@ class Exchange:
                     self._post("parcel", posted)
             if self.settles:
                 for posted in state.posted():
-                    _settle(posted, f"values that are kept under '{posted.name}'")
+                    settle(posted, f"values that are kept under '{posted.name}'")
             state.calls += 1
         self.underway.end_call()
 
@@ -158,8 +122,8 @@ class Exchange:
             entry = GatherBuffer(name, pieces[0], len(pieces), lengths, policy.team, policy.index, sending)
             if state:
                 state.gathers[name] = entry
-        what = _what(kind, site)
-        _settle(entry, what)
+        what = value_of(kind, site)
+        settle(entry, what)
         entry.advance(None if fresh else policy.forecast)
         if policy.watches and state:
             self._drift.append(entry.drift(pieces))
@@ -168,7 +132,7 @@ class Exchange:
         if not fresh:
             return Gathered(entry, partial(self._defer, str(kind), entry))
         self._post(kind or "exit", entry)
-        return Gathered(entry, partial(_settle, entry, what))
+        return Gathered(entry, partial(settle, entry, what))
 
     def halo(self, site: str, x: torch.Tensor, dim: int, bands: Sequence[Interval], wants: Sequence[Interval]) -> Halo:
         """Ask for what this rank's rows lack of the interval it wants.
@@ -251,7 +215,7 @@ class Exchange:
         """
         self._flush()
         entry = self._relay(site, value, Parties(True, tuple(takers)), value[0].device)
-        _settle(entry, _what(None, site))
+        settle(entry, value_of(None, site))
         entry.put(value)
         self._post("hidden", entry)
         if self._policy.state is None:
@@ -267,16 +231,16 @@ class Exchange:
             device: of the tensors.
         """
         self._flush()
-        policy, what = self._policy, _what(None, site)
+        policy, what = self._policy, value_of(None, site)
         entry = self._relay(site, like, Parties(False, (giver,)), device)
         if policy.late and not policy.renews:
             assert entry.num_received, f"nothing was given at '{site}' before this call"
             return entry.read(policy.forecast)
-        _settle(entry, what)
+        settle(entry, what)
         value = entry.read(policy.forecast) if policy.late and entry.num_received else None
         self._post("hidden", entry)
         if value is None:
-            _settle(entry, what)
+            settle(entry, what)
             value = entry.read(0.0)
         return value
 
@@ -284,7 +248,7 @@ class Exchange:
         """Keep for the next call what a layer gave, because this rank ran it too."""
         if self._policy.state is not None:
             entry = self._relay(site, value, Parties(False, (giver,)), value[0].device)
-            _settle(entry, _what(None, site))
+            settle(entry, value_of(None, site))
             entry.put(value)
 
     def _relay(self, site: str, like: Sequence[torch.Tensor], parties: Parties, device: torch.device) -> Relay:
@@ -310,7 +274,7 @@ class Exchange:
         """What gives tensors to ranks, and fills some from ranks, for one value of a site; empty ones do not travel."""
         self._flush()
         name = self._name(site)
-        tag, what = tag_of(name), _what(kind, site)
+        tag, what = tag_of(name), value_of(kind, site)
 
         def trade(given: Mapping[int, torch.Tensor], taken: Mapping[int, torch.Tensor]) -> Callable[[], None]:
             sends = [Message(peer, tensor, tag) for peer, tensor in given.items() if tensor.numel()]
@@ -320,7 +284,7 @@ class Exchange:
             self._count(kind, sum(message.tensor.nbytes for message in sends))
 
             def wait() -> None:
-                with _named(what):
+                with named(what):
                     pending.wait()
 
             return wait
@@ -340,7 +304,7 @@ class Exchange:
         if entry is None or not peers:
             return None
         if entry.parcel is not None:
-            _settle(entry.parcel, _what(kind, site))
+            settle(entry.parcel, value_of(kind, site))
         return entry.outgoing[peers[0]].clone()
 
     def _swap(
@@ -357,7 +321,7 @@ class Exchange:
         state = self._policy.state if kind in self._policy.keep else None
         entry = state.swaps.get(name) if state else None
         if entry is not None and kind in self._policy.stale and entry.parcel is not None:
-            _settle(entry.parcel, _what(kind, site))
+            settle(entry.parcel, value_of(kind, site))
             return self._swap_stale(name, entry, entry.parcel, outgoing)
         sends = {peer: tensor.contiguous() for peer, tensor in outgoing.items()}
         receives = {peer: like.new_empty(shape) for peer, shape in incoming.items()}
@@ -370,10 +334,10 @@ class Exchange:
         self._count(kind or "exit", sum(t.nbytes for t in sends.values()))
 
         def take() -> dict[int, torch.Tensor]:
-            with _named(_what(kind, site)):
+            with named(value_of(kind, site)):
                 pending.wait()
             if state is not None and kind is not None:
-                _keep(state, name, kind, sends, receives)
+                state.keep(name, kind, sends, receives)
             return receives
 
         return Swap(take)
@@ -422,39 +386,3 @@ class Exchange:
         name = self._next_name(site)
         self._seen[site] += 1
         return name
-
-
-def _what(kind: str | None, site: str) -> str:
-    return f"{kind or 'values'} of layer '{site}'"
-
-
-def _settle(posted: Posted, what: str) -> None:
-    with _named(what):
-        posted.settle()
-
-
-@contextmanager
-def _named(what: str) -> Iterator[None]:
-    """Let the error of a wait say what was waited for."""
-    try:
-        yield
-    except (RankFailed, StepTimeout) as error:
-        if error.exchange is None:
-            error.exchange = what
-            error.args = (f"{error}; it was for the {what}",)
-        raise
-
-
-def _keep(
-    state: CallState, name: str, kind: SiteKind, sends: dict[int, torch.Tensor], receives: dict[int, torch.Tensor]
-) -> None:
-    """Store the values of a fresh exchange for the next call, in their parcel if they already have one."""
-    entry = state.swaps.get(name)
-    if entry is None or entry.parcel is None:
-        # Clones: a row block can be a view of an activation that later layers overwrite.
-        state.swaps[name] = Swapped(kind, {peer: value.clone() for peer, value in sends.items()}, receives)
-        return
-    entry.parcel.settle()
-    for kept, values in ((entry.outgoing, sends), (entry.incoming, receives)):
-        for peer, value in values.items():
-            kept[peer].copy_(value)

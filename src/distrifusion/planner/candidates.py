@@ -102,5 +102,4 @@ def _methods(team: int, tokens: bool) -> Iterator[list[str]]:
     if not tokens:
         yield [bands, "displaced", "all"]
     yield [f"async{team}"]
-    if team > 2:
-        yield [f"async{team - 1}", "stride2"]
+    yield [f"async{team}", "stride2"]

@@ -90,14 +90,16 @@ def _pipeline(plan: Plan, whole: Undivided) -> Rehearsed:
 
 
 def _asynchronous(plan: Plan, whole: Undivided) -> Rehearsed:
-    """Components run at once on the last call's inputs; what each gives reaches everybody."""
-    borders, share = _cut([n for _, n, _ in whole.blocks], plan.components, plan)
+    """Components run at once on the last call's inputs; what each gives reaches everybody.
+
+    With a stride all but the last have several calls' time, and may be as many times as long.
+    """
+    borders, share = _cut([n for _, n, _ in whole.blocks], plan.stride * (plan.components - 1) + 1, plan)
     given = max(whole.blocks[border - 1][2] for border in borders[1:])
     skips = sum(n for name, _, n in whole.blocks if name.startswith("down_blocks"))
-    num_peers, served = plan.components + plan.stride - 2, 1 / plan.stride
-    num_bytes = round((given + skips / plan.components) * served)
-    peers = dict.fromkeys(range(1, num_peers + 1), num_bytes)
-    steady = CallWork(whole.operations.part(share * served, share * served), posts=[Post(peers, peers)])
+    num_bytes = round((given + skips / plan.components) / plan.stride)
+    peers = dict.fromkeys(range(1, plan.components), num_bytes)
+    steady = CallWork(whole.operations.part(share, share), posts=[Post(peers, peers)])
     return Rehearsed(0, CallWork(whole.operations), steady)
 
 

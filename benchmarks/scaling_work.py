@@ -32,7 +32,7 @@ def _of_unet(num_devices: int) -> list[str]:
     if num_devices == 8:
         bands += ["cfg2.patch4.displaced.forecast", "cfg2.patch4.displaced.delta4", "patch8", "patch8.delta4"]
     depth = [f"cfg2.async{half}", f"cfg2.tp{half}"] if num_devices <= 16 else []
-    return [*bands, *depth, *([f"cfg2.async{half}.stride2"] if 4 < num_devices <= 16 else [])]
+    return [*bands, *depth, *([f"cfg2.async{half}.stride2"] if num_devices == 8 else [])]
 
 
 def _of_transformer(batch: str, team: int) -> list[str]:

@@ -46,7 +46,7 @@ def a_bias_from_every_rank(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def read(self: TensorStrategy, layer: UnitLayer, forward: Any, x: torch.Tensor) -> torch.Tensor:
         part, bias = intact(self, layer, forward, x), layer.module.bias
-        if self._share.place == 0 or bias is None:
+        if self.share.place == 0 or bias is None:
             return part
         return part + (bias.view(-1, 1, 1) if part.dim() == 4 else bias)
 
@@ -68,9 +68,9 @@ def units_of_nobody_that_count(monkeypatch: pytest.MonkeyPatch) -> None:
     intact = TensorStrategy._read
 
     def read(self: TensorStrategy, layer: UnitLayer, forward: Any, x: torch.Tensor) -> torch.Tensor:
-        if all(map(self._share.has, (stretch.units for stretch in layer.stretches))):
+        if all(map(self.share.has, (stretch.units for stretch in layer.stretches))):
             return intact(self, layer, forward, x)
-        own = self._share.channels(layer.stretches)
+        own = self.share.channels(layer.stretches)
         return tensor._apply(layer.module, x, tensor.take(layer.module.weight, 1, own), None)
 
     monkeypatch.setattr(TensorStrategy, "_read", read)
@@ -80,10 +80,10 @@ def norms_of_the_first_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     intact = TensorStrategy._norm
 
     def norm(self: TensorStrategy, layer: UnitLayer, forward: Any, x: torch.Tensor) -> torch.Tensor:
-        if self._share.place == 0:
+        if self.share.place == 0:
             return intact(self, layer, forward, x)
         return torch.nn.functional.group_norm(
-            x, len(self._share.of(layer.stretches[0].units)), *(p[: x.shape[1]] for p in layer.module.parameters())
+            x, len(self.share.of(layer.stretches[0].units)), *(p[: x.shape[1]] for p in layer.module.parameters())
         )
 
     monkeypatch.setattr(TensorStrategy, "_norm", norm)
@@ -91,7 +91,7 @@ def norms_of_the_first_groups(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def norms_over_own_heads(monkeypatch: pytest.MonkeyPatch) -> None:
     def span(self: TensorStrategy, place: Any, layer: UnitLayer, forward: Any, x: torch.Tensor) -> torch.Tensor:
-        own = tensor.take(layer.module.weight, 0, self._share.channels(layer.stretches))
+        own = tensor.take(layer.module.weight, 0, self.share.channels(layer.stretches))
         return torch.nn.functional.rms_norm(x, x.shape[-1:], own, layer.module.eps)
 
     monkeypatch.setattr(TensorStrategy, "_span", span)

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from blueprints import FAST, SLOW, SPEED
+from typer.testing import CliRunner
 
 from distrifusion import ConfigError, load
+from distrifusion.cli import app
 from distrifusion.planner import auto, calibration
 from distrifusion.planner.links import Link, Links
 from runtime.tiny import write_sdxl
@@ -72,3 +74,12 @@ def test_what_cannot_be_chosen_for_is_said(on, folder: Path, monkeypatch: pytest
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match="torchrun"):
         load(str(folder), plan="auto")
+
+
+def test_the_command_line_takes_what_is_chosen_and_says_why(on, folder: Path, tmp_path: Path) -> None:
+    on(replace(SLOW, within=Link(10.0, 1e6)))
+    words = ["run", str(folder), "-p", "x", "-d", "2", "--plan", "auto", "--fidelity", "any", "--size", "64x64"]
+    done = CliRunner().invoke(app, [*words, "--steps", "1", "-o", str(tmp_path / "a.png")])
+    assert done.exit_code == 0, done.output
+    assert done.stdout.startswith("patch1 on 1 CPU") and "one device" in done.stderr.lower()
+    assert (tmp_path / "a.png").is_file()

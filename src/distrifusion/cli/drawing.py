@@ -102,7 +102,7 @@ class Wish:
     def _wanted_plan(self) -> Plan | None:
         from distrifusion.plan import Plan
 
-        return None if self.plan is None else Plan.parse(self.plan)
+        return None if self.plan is None or self.automatic else Plan.parse(self.plan)
 
     def _check_scheduler(self, cls: type, arguments: dict[str, Any]) -> None:
         """Check that the typed scheduler can serve the typed sampler."""

@@ -10,11 +10,10 @@ import torch
 from diffusers import UNet2DConditionModel
 from division import EXACT, errors
 
-from distrifusion.exchange import verbs
 from distrifusion.exchange.codec import Codec
 from distrifusion.exchange.gathering import GatherBuffer
 from distrifusion.exchange.handles import Halo, Shared, Swap
-from distrifusion.exchange.pool import Parcel
+from distrifusion.exchange.pool import CallState, Parcel
 from distrifusion.exchange.verbs import Exchange
 from distrifusion.strategies import patch
 from models import moved, unet_inputs
@@ -136,13 +135,13 @@ def test_the_convergence_of_a_repeated_input_sees(
 
 def values_kept_from_the_first_call_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """A synchronous call computes with fresh values but leaves the old ones for the next call."""
-    intact = verbs._keep
+    intact = CallState.keep
 
-    def keep(state: Any, name: str, *values: Any) -> None:
+    def keep(state: CallState, name: str, *values: Any) -> None:
         if name not in state.swaps:
             intact(state, name, *values)
 
-    monkeypatch.setattr(verbs, "_keep", keep)
+    monkeypatch.setattr(CallState, "keep", keep)
 
 
 def test_the_gate_of_an_input_given_again_sees_values_that_were_not_kept(

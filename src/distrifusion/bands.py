@@ -7,52 +7,39 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
 
 from distrifusion.anatomy.base import AdaptiveNormSite, Anatomy, BoundCall, FilterSite, ResampleSite, Site, StackSite
 from distrifusion.errors import ConfigError, PlanError
-from distrifusion.exchange.verbs import Exchange
 from distrifusion.memory.prediction import BandQuestion
 from distrifusion.mesh import CallLayout
 from distrifusion.nested import map_tensors, take_rows
 from distrifusion.partition import Interval, Level, partition_levels
-from distrifusion.plan import Norms, Plan, Split
+from distrifusion.plan import Norms, Split
+from distrifusion.rule import Rule, Subject
 from distrifusion.strategies.adaptive_norm import AdaptiveNormStrategy
 from distrifusion.strategies.attach import Attachment
 from distrifusion.strategies.conv_stack import ConvStackStrategy
 from distrifusion.strategies.patch import PatchStep, PatchStrategy
 from distrifusion.strategies.resample import ResampleStrategy
 from distrifusion.strategies.skip_filter import SkipFilterStrategy
-from distrifusion.strategies.weights import num_bytes
 
 
-class BandRule:
+class BandRule(Rule[Anatomy]):
     """How a denoiser with an `Anatomy` (rows, columns, resolutions) is divided within a team.
-
-    Args:
-        model: the denoiser.
-        anatomy: its family's.
-        plan: how to divide.
-        exchange: this rank's.
-        prefix: begins the names of the model's layers.
 
     Raises:
         PlanError: if the plan divides attention alone, which leaves convolutions whole.
     """
 
-    def __init__(self, model: nn.Module, anatomy: Anatomy, plan: Plan, exchange: Exchange, prefix: str) -> None:
-        plan.check_bands(type(model).__name__)
-        self._model = model
-        self._anatomy = anatomy
-        self._plan = plan
-        self._exchange = exchange
-        self._prefix = prefix
+    def __init__(self, subject: Subject[Anatomy]) -> None:
+        subject.plan.check_bands(type(subject.model).__name__)
+        super().__init__(subject)
         self._levels: tuple[Level, ...] = ()
-        self._patch = PatchStrategy(exchange, plan.norms)
+        self._patch = PatchStrategy(self._exchange, self._plan.norms)
         self._stack = ConvStackStrategy(self._patch)
-        self._resample = ResampleStrategy(exchange, self._patch)
+        self._resample = ResampleStrategy(self._exchange, self._patch)
         self._adaptive_norms = AdaptiveNormStrategy(self._patch)
-        self._skip_filter = SkipFilterStrategy(exchange, self._patch)
+        self._skip_filter = SkipFilterStrategy(self._exchange, self._patch)
 
     def sites(self) -> list[Site]:
         """All sites in the model's own order; raises UnsupportedModel naming a layer that has no rule."""
@@ -60,10 +47,6 @@ class BandRule:
         if self._plan.naive and any(isinstance(site, StackSite) for site in sites):
             raise PlanError(f"plan '{self._plan}': naive bands have no part of a control image; use another policy")
         return sites
-
-    def weight_bytes(self) -> int:
-        """Bytes of the model's weights: every rank works with all."""
-        return num_bytes((), self._model)
 
     def attach(self, sites: Sequence[Site], layers: Attachment) -> None:
         """Replace the forwards of the sites."""
@@ -73,10 +56,6 @@ class BandRule:
         self._resample.attach([s for s in sites if isinstance(s, ResampleSite)], layers)
         self._stack.attach([s for s in sites if isinstance(s, StackSite)], layers)
         self._skip_filter.attach([s for s in sites if isinstance(s, FilterSite)], layers)
-
-    def bind(self, forward: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> BoundCall:
-        """Sort the arguments of a call; raises ConfigError on one that cannot be cut."""
-        return self._anatomy.bind(forward, args, kwargs)
 
     def question(self, call: BoundCall) -> BandQuestion:
         """The call as one whose values are to be kept."""

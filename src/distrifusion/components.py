@@ -7,47 +7,31 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
 
 from distrifusion.anatomy.base import Anatomy, BoundCall, LinkSite, Site
 from distrifusion.anatomy.tokens import TokenAnatomy, TokenCall
 from distrifusion.exchange.handles import Swap
-from distrifusion.exchange.verbs import Exchange
 from distrifusion.mesh import CallLayout
 from distrifusion.nested import map_tensors, take_rows, tensors_of
-from distrifusion.plan import Plan
+from distrifusion.rule import Rule, Subject
 from distrifusion.strategies.attach import Attachment
 from distrifusion.strategies.components import ComponentStep, ComponentStrategy, check_components
-from distrifusion.strategies.weights import num_bytes
 
 Call = BoundCall | TokenCall
 
 
-class ComponentRule:
+class ComponentRule(Rule[Anatomy | TokenAnatomy]):
     """How a denoiser is divided in depth within a team: every rank has all latents, and runs the layers of a component.
 
     A model without a chain of layers (a ControlNet) runs whole on every rank, for its rows of the batch.
-
-    Args:
-        model: the denoiser.
-        anatomy: its family's.
-        plan: how to divide.
-        exchange: this rank's.
-        prefix: begins the names of the model's layers.
 
     Raises:
         PlanError: if the plan has more components than the model has layers in a chain.
     """
 
-    def __init__(
-        self, model: nn.Module, anatomy: Anatomy | TokenAnatomy, plan: Plan, exchange: Exchange, prefix: str
-    ) -> None:
-        self._model = model
-        self._anatomy = anatomy
-        self._plan = plan
-        self._exchange = exchange
-        self._prefix = prefix
-        self._components = ComponentStrategy(exchange, plan)
+    def __init__(self, subject: Subject[Anatomy | TokenAnatomy]) -> None:
+        super().__init__(subject)
+        self._components = ComponentStrategy(self._exchange, self._plan)
         self._chain: list[LinkSite] = []
         self._expected: list[Swap] | None = None
         self._here: Swap | None = None
@@ -60,18 +44,10 @@ class ComponentRule:
             check_components(self._plan, len(links))
         return list(links)
 
-    def weight_bytes(self) -> int:
-        """Bytes of the model's weights: the first call of a shape runs whole on every rank."""
-        return num_bytes((), self._model)
-
     def attach(self, sites: Sequence[Site], layers: Attachment) -> None:
         """Replace the forwards of the layers."""
         self._chain = [site for site in sites if isinstance(site, LinkSite)]
         self._components.attach(self._chain, layers)
-
-    def bind(self, forward: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Call:
-        """Sort the arguments of a call; raises ConfigError on one that has no rule."""
-        return self._anatomy.bind(forward, args, kwargs)
 
     def question(self, call: Call) -> None:
         """What is kept is known when the first call has been watched."""

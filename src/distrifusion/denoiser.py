@@ -22,11 +22,12 @@ from distrifusion.exchange.pool import CallState, Pool
 from distrifusion.exchange.transport import Transport
 from distrifusion.exchange.verbs import Exchange
 from distrifusion.graphs import Backend, Graphs
-from distrifusion.memory.check import Question, check_fits
+from distrifusion.memory.check import check_fits
 from distrifusion.mesh import CallLayout, RankGrid
 from distrifusion.nested import take_rows
 from distrifusion.pacing import Pacing
 from distrifusion.plan import Plan
+from distrifusion.rule import Rule, Subject
 from distrifusion.shares import ShareRule
 from distrifusion.stages import StageRule
 from distrifusion.strategies.attach import Attachment
@@ -50,33 +51,6 @@ class DenoiserCall(Protocol):
 
     def map(self, change: Callable[[torch.Tensor], Any]) -> DenoiserCall:
         """The call with every tensor changed."""
-
-
-class Rule(Protocol):
-    """How the calls of one kind of denoiser are divided within a team; all methods are called on every rank."""
-
-    def weight_bytes(self) -> int:
-        """Bytes of the model's weights that this rank works with."""
-
-    def sites(self) -> list[Site]:
-        """All sites in the model's own order; raises UnsupportedModel naming a layer that has no rule."""
-
-    def attach(self, sites: Sequence[Site], layers: Attachment) -> None:
-        """Replace the forwards of the sites."""
-
-    def bind(self, forward: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        """Sort the arguments into a DenoiserCall; raises ConfigError on one that cannot be cut."""
-
-    def question(self, call: Any) -> Question | None:
-        """The call as one whose values are to be kept; None where what is kept cannot be said before."""
-
-    def compute(
-        self, forward: Callable[..., Any], call: Any, layout: CallLayout, num_before: int, past_warmup: bool
-    ) -> Any:
-        """Run the model's own forward on this rank's part; `num_before` calls of the request went before."""
-
-    def join(self, result: Any, call: Any, layout: CallLayout) -> Any:
-        """The model's own output, whole."""
 
 
 @dataclass(frozen=True)
@@ -213,15 +187,14 @@ class ParallelDenoiser(Division):
         return self.pool.state(self.request, slot)
 
 
-def _rule_of(model: nn.Module, plan: Plan, exchange: Exchange, prefix: str) -> Rule:
+def _rule_of(model: nn.Module, plan: Plan, exchange: Exchange, prefix: str) -> Rule[Any]:
     """The rule for the plan's method and the kind of anatomy that a model has."""
     anatomy = anatomy_of(model)
     if plan.components > 1:
-        return ComponentRule(model, anatomy, plan, exchange, prefix)
+        return ComponentRule(Subject(model, anatomy, plan, exchange, prefix))
     if plan.tp > 1:
-        return ShareRule(model, anatomy, plan, exchange, prefix)
-    if plan.stages > 1:
-        return StageRule(model, anatomy, plan, exchange, prefix)
-    if isinstance(anatomy, TokenAnatomy):
-        return TokenRule(model, anatomy, plan, exchange, prefix)
-    return BandRule(model, anatomy, plan, exchange, prefix)
+        return ShareRule(Subject(model, anatomy, plan, exchange, prefix))
+    if not isinstance(anatomy, TokenAnatomy):
+        return BandRule(Subject(model, anatomy, plan, exchange, prefix))
+    tokens = Subject(model, anatomy, plan, exchange, prefix)
+    return StageRule(tokens) if plan.stages > 1 else TokenRule(tokens)

@@ -7,43 +7,26 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-import torch
-from torch import nn
-
 from distrifusion.anatomy.base import Anatomy, BoundCall, Site
-from distrifusion.anatomy.tokens import TokenAnatomy, TokenCall
+from distrifusion.anatomy.tokens import TokenAnatomy
 from distrifusion.anatomy.unit_sites import unit_sites
 from distrifusion.errors import UnsupportedModel
-from distrifusion.exchange.verbs import Exchange
 from distrifusion.memory.weights import weights_of
 from distrifusion.mesh import CallLayout
 from distrifusion.nested import map_tensors, take_rows
-from distrifusion.plan import Plan
+from distrifusion.rule import Rule, Subject
 from distrifusion.strategies.attach import Attachment
 from distrifusion.strategies.tensor import Share, TensorStrategy
 
 
-class ShareRule:
-    """How a denoiser of any kind is divided within a team that divides the weights of every layer.
+class ShareRule(Rule[Anatomy | TokenAnatomy]):
+    """How a denoiser of any kind is divided within a team that divides the weights of every layer."""
 
-    Args:
-        model: the denoiser.
-        anatomy: its family's.
-        plan: how to divide.
-        exchange: this rank's.
-        prefix: begins the names of the model's layers.
-    """
-
-    def __init__(
-        self, model: nn.Module, anatomy: Anatomy | TokenAnatomy, plan: Plan, exchange: Exchange, prefix: str
-    ) -> None:
-        self._model = model
-        self._anatomy = anatomy
-        self._plan = plan
-        self._exchange = exchange
-        self._prefix = prefix
+    def __init__(self, subject: Subject[Anatomy | TokenAnatomy]) -> None:
+        super().__init__(subject)
         # Teams keep their size, so a rank's place is the same in every call.
-        self._tensor = TensorStrategy(exchange, Share(exchange.transport.rank % plan.tp, plan.tp))
+        place = self._exchange.transport.rank % self._plan.tp
+        self._tensor = TensorStrategy(self._exchange, Share(place, self._plan.tp))
 
     def sites(self) -> list[Site]:
         """The modules that have units inside; all others run whole on every rank. UnsupportedModel if there is none."""
@@ -62,10 +45,6 @@ class ShareRule:
     def attach(self, sites: Sequence[Site], layers: Attachment) -> None:
         """Replace the forwards of their layers."""
         self._tensor.attach(sites, layers)
-
-    def bind(self, forward: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> BoundCall | TokenCall:
-        """Sort the arguments of a call; raises ConfigError on one that has no rule."""
-        return self._anatomy.bind(forward, args, kwargs)
 
     def question(self, call: Any) -> None:
         """Nothing is kept."""
@@ -93,13 +72,6 @@ class ShareRule:
 
     def join(self, result: Any, call: Any, layout: CallLayout) -> Any:
         """The model's own output, with all rows of the batch."""
-        others = layout.others_with_my_band
-        if not others or (not isinstance(self._anatomy, TokenAnatomy) and self._anatomy.stays_cut(call)):
+        if not isinstance(self._anatomy, TokenAnatomy) and self._anatomy.stays_cut(call):
             return result
-        return map_tensors(result, partial(self._all_rows, layout, others))
-
-    def _all_rows(self, layout: CallLayout, others: tuple[int, ...], own: torch.Tensor) -> torch.Tensor:
-        shapes = {rank: torch.Size((len(layout.batch[rank]), *own.shape[1:])) for rank in others}
-        parts = self._exchange.collect(f"{self._prefix}exit", own.contiguous(), shapes).wait()
-        parts[self._exchange.transport.rank] = own
-        return torch.cat([parts[rank] for rank in sorted(parts)])
+        return self._with_all_rows(result, layout)

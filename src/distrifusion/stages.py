@@ -12,17 +12,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from distrifusion.anatomy.base import Anatomy, Site
+from distrifusion.anatomy.base import Site
 from distrifusion.anatomy.blocks import BlockSite, blocks_of, operations
 from distrifusion.anatomy.tokens import TokenAnatomy, TokenAttentionSite, TokenCall
 from distrifusion.errors import PlanError
 from distrifusion.exchange.arriving import Arriving, arrive, complete
-from distrifusion.exchange.verbs import Exchange
 from distrifusion.mesh import AttentionAxes, CallLayout, StagePlace
 from distrifusion.nested import map_tensors
 from distrifusion.partition import Interval
-from distrifusion.plan import Plan
 from distrifusion.predictions import Predictions, bands_of
+from distrifusion.rule import Rule, Subject
 from distrifusion.strategies.attach import Attachment
 from distrifusion.strategies.attention import Piece, TokenStep
 from distrifusion.strategies.pipefusion import Flow, PieceAttention, StageStrategy, Stream
@@ -48,39 +47,24 @@ class Shapes:
     streams: dict[int, tuple[Stream, ...]] = field(default_factory=dict)
 
 
-class StageRule:
+class StageRule(Rule[TokenAnatomy]):
     """How a transformer is divided in depth within a team (PipeFusion, arXiv 2405.14430).
 
-    Args:
-        model: the denoiser.
-        anatomy: its family's.
-        plan: how to divide.
-        exchange: this rank's.
-        prefix: begins the names of the model's layers.
-
     Raises:
-        PlanError: if the model has convolutions, skip connections, or fewer blocks than the plan has stages.
+        PlanError: if the model has skip connections, or fewer blocks than the plan has stages.
         UnsupportedModel: if it is not known what its blocks give to each other.
     """
 
-    def __init__(
-        self, model: nn.Module, anatomy: Anatomy | TokenAnatomy, plan: Plan, exchange: Exchange, prefix: str
-    ) -> None:
-        if not isinstance(anatomy, TokenAnatomy):
-            plan.check_bands(type(model).__name__)
-        assert isinstance(anatomy, TokenAnatomy)
-        plan.check_tokens(type(model).__name__)
-        self._model = model
-        self._anatomy = anatomy
-        self._plan = plan
-        self._exchange = exchange
-        self._prefix = prefix
-        attend = PieceAttention(exchange)
-        self._tokens = TokenStrategy(exchange, UlyssesAttention(exchange, attend) if plan.ulysses > 1 else attend)
-        self._stages = StageStrategy(exchange, self._tokens, attend, prefix)
+    def __init__(self, subject: Subject[TokenAnatomy]) -> None:
+        subject.plan.check_tokens(type(subject.model).__name__)
+        super().__init__(subject)
+        attend = PieceAttention(self._exchange)
+        method = UlyssesAttention(self._exchange, attend) if self._plan.ulysses > 1 else attend
+        self._tokens = TokenStrategy(self._exchange, method)
+        self._stages = StageStrategy(self._exchange, self._tokens, attend, self._prefix)
         self._shapes: dict[Hashable, Shapes] = {}
         self._idle: list[nn.Module] = []
-        self._check(blocks_of(model, anatomy.blocks))
+        self._check(blocks_of(self._model, self._anatomy.blocks))
 
     def _check(self, blocks: Sequence[BlockSite]) -> None:
         name = type(self._model).__name__
@@ -114,10 +98,6 @@ class StageRule:
     def weight_bytes(self) -> int:
         """Bytes of the model's weights without the blocks of other stages, which this rank never runs."""
         return num_bytes(self._idle, self._model)
-
-    def bind(self, forward: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> TokenCall:
-        """Sort the arguments of a call; raises ConfigError on one that has no rule."""
-        return self._anatomy.bind(forward, args, kwargs)
 
     def question(self, call: TokenCall) -> None:
         """How many tokens there are is known inside the model alone."""

@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline
 
 from distrifusion import Plan, parallelize
 from distrifusion.exchange.virtual import VirtualTransport, VirtualWorld
-from models import relative_error
+from models import copy_modules, relative_error
 
 EXACT = 1e-5  # the project's bound for the synchronous mode in fp32; 1e-6 is typical
 Call = Callable[[Any], torch.Tensor]
@@ -47,10 +47,18 @@ class Ranks:
 def own_copy(pipe: DiffusionPipeline) -> Any:
     """A pipeline with components of its own: tokenizers are not for threads, and adapters may change weights."""
     config = {name: value for name, value in pipe.config.items() if name in pipe._get_signature_keys(pipe)[1]}
-    parts = {name: copy.deepcopy(part) for name, part in pipe.components.items()}
-    copied = type(pipe)(**parts, **config)
+    copied = type(pipe)(**{name: _own(part) for name, part in pipe.components.items()}, **config)
     copied.set_progress_bar_config(disable=True)
     return copied
+
+
+def _own(part: Any) -> Any:
+    return copy_modules(part, _own_tensor) if isinstance(part, torch.nn.Module) else copy.deepcopy(part)
+
+
+def _own_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    own = tensor.detach().clone()
+    return torch.nn.Parameter(own, tensor.requires_grad) if isinstance(tensor, torch.nn.Parameter) else own
 
 
 def errors(pipe: DiffusionPipeline, plan: str, call: Call) -> float:

@@ -11,11 +11,12 @@ from torch import nn
 from distrifusion.anatomy.unit_sites import unit_sites
 from distrifusion.anatomy.units import PartSite, UnitLayer, UnitSite
 from distrifusion.strategies.tensor import Share
+from distrifusion.strategies.weights import num_bytes
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Bytes of a model's parameters.
+    """Bytes of a model's weights.
 
     Attributes:
         own: that a rank reads in a call.
@@ -28,7 +29,7 @@ class Weights:
 
 def weights_of(model: nn.Module, share: Share) -> Weights:
     """The weights that one place works with, of every layer that is divided its part and all of the others."""
-    whole = sum(parameter.nbytes for parameter in model.parameters())
+    whole = num_bytes((), model)
     foreign = 0
     for site in unit_sites(model):
         match site:

@@ -12,7 +12,7 @@ from torch import nn
 from distrifusion.strategies.attach import Attachment
 
 
-def weights_of(modules: Iterable[nn.Module]) -> list[torch.Tensor]:
+def weight_tensors(modules: Iterable[nn.Module]) -> list[torch.Tensor]:
     """Parameters and buffers of some modules, each once."""
     tensors = chain.from_iterable((*module.parameters(), *module.buffers()) for module in modules)
     return list({id(tensor): tensor for tensor in tensors}.values())
@@ -20,8 +20,8 @@ def weights_of(modules: Iterable[nn.Module]) -> list[torch.Tensor]:
 
 def num_bytes(idle: Iterable[nn.Module], model: nn.Module) -> int:
     """Bytes of a model's weights without those of parts that are idle."""
-    left = {id(tensor) for tensor in weights_of(idle)}
-    return sum(tensor.nbytes for tensor in weights_of([model]) if id(tensor) not in left)
+    left = {id(tensor) for tensor in weight_tensors(idle)}
+    return sum(tensor.nbytes for tensor in weight_tensors([model]) if id(tensor) not in left)
 
 
 def set_aside(modules: Iterable[nn.Module], layers: Attachment) -> None:
@@ -29,7 +29,7 @@ def set_aside(modules: Iterable[nn.Module], layers: Attachment) -> None:
 
     On a CPU they stay where they are: ranks of one machine have them as shared pages, which cost nothing more.
     """
-    for tensor in weights_of(modules):
+    for tensor in weight_tensors(modules):
         if tensor.device.type != "cpu":
             layers.undo(partial(_bring_back, tensor, tensor.device))
             tensor.data = tensor.data.cpu()

@@ -61,13 +61,13 @@ class ComponentRule:
         return list(links)
 
     def weight_bytes(self) -> int:
-        """Bytes of the model's weights: the first call of a shape runs whole on every rank."""
-        return num_bytes((), self._model)
+        """Bytes of the model's weights without the layers of other components; of all until it is known which."""
+        return num_bytes(self._components.idle, self._model)
 
     def attach(self, sites: Sequence[Site], layers: Attachment) -> None:
         """Replace the forwards of the layers."""
         self._chain = [site for site in sites if isinstance(site, LinkSite)]
-        self._components.attach(self._chain, layers)
+        self._components.attach(self._model, self._chain, layers)
 
     def bind(self, forward: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Call:
         """Sort the arguments of a call; raises ConfigError on one that has no rule."""
@@ -80,7 +80,9 @@ class ComponentRule:
         self, forward: Callable[..., Any], call: Call, layout: CallLayout, num_before: int, past_warmup: bool
     ) -> Any:
         """Run the model's own forward on this rank's batch rows; layers of other components do not run in it."""
-        args, kwargs = call.of_rows(partial(take_rows, layout.rows, call.sample.shape[0]))
+        given_at = self._exchange.given_at if self._chain and self._plan.timeshift and layout.index else None
+        own_call = call if given_at is None else call.at(given_at)
+        args, kwargs = own_call.of_rows(partial(take_rows, layout.rows, call.sample.shape[0]))
         self._here = self._meet(call.sample)
         self._expected = None
         self._whole = True
@@ -88,10 +90,12 @@ class ComponentRule:
             return forward(*args, **kwargs)
         step = ComponentStep(
             kind=(layout.rows, call.key, form_of([*args, *sorted(kwargs.items())])),
+            chain=call.key,
             team=layout.team,
             index=layout.index,
             runs=_is_last(layout) or self._plan.renews(num_before),
             keeps=self._plan.late and num_before + 1 >= self._plan.num_synchronous,
+            cuts=num_before + 1 >= self._plan.num_whole,
         )
         if (cut := self._components.cut_of(step.kind)) is not None:
             self._whole = False

@@ -1,0 +1,29 @@
+"""A machine with an accelerator, as far as weights are concerned: those that were set aside are not numbers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from distrifusion.strategies import weights
+
+# Where weights go that are set aside; no tensor of a test is there.
+ELSEWHERE = torch.device("meta")
+
+
+def pretend_accelerator(monkeypatch: pytest.MonkeyPatch) -> dict[int, torch.Tensor]:
+    """Let the CPU be an accelerator; what is returned has the values of weights that are aside, by their ids."""
+    values: dict[int, torch.Tensor] = {}
+
+    def move(module: nn.Module, device: torch.device) -> None:
+        for tensor in weights.weights_of([module]):
+            if device == ELSEWHERE:
+                values[id(tensor)] = tensor.data.clone()
+                tensor.data.fill_(torch.nan)
+            elif id(tensor) in values:
+                tensor.data.copy_(values.pop(id(tensor)))
+
+    monkeypatch.setattr(weights, "HOST", ELSEWHERE)
+    monkeypatch.setattr(weights, "_move", move)
+    return values

@@ -45,7 +45,8 @@ class Aside:
         for module in self._homes.keys() - set(wanted):
             _move(module, self._homes.pop(module))
         for module in wanted:
-            home = next((tensor.device for tensor in weights_of([module]) if tensor.device != HOST), None)
+            tensors = weights_of([module])
+            home = next((tensor.device for tensor in tensors if tensor.device != HOST and not tensor.is_meta), None)
             if module not in self._homes and home is not None:
                 self._homes[module] = home
                 _move(module, HOST)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from distrifusion.strategies import weights
 
@@ -12,17 +13,17 @@ from distrifusion.strategies import weights
 ELSEWHERE = torch.device("meta")
 
 
-def pretend_accelerator(monkeypatch: pytest.MonkeyPatch) -> dict[int, torch.Tensor]:
-    """Let the CPU be an accelerator; what is returned has the values of weights that are aside, by their ids."""
-    values: dict[int, torch.Tensor] = {}
+def pretend_accelerator(monkeypatch: pytest.MonkeyPatch) -> WeakTensorKeyDictionary:
+    """Let the CPU be an accelerator; what is returned has the values of the weights that are aside."""
+    values = WeakTensorKeyDictionary()
 
     def move(module: nn.Module, device: torch.device) -> None:
         for tensor in weights.weights_of([module]):
             if device == ELSEWHERE:
-                values[id(tensor)] = tensor.data.clone()
+                values[tensor] = tensor.data.clone()
                 tensor.data.fill_(torch.nan)
-            elif id(tensor) in values:
-                tensor.data.copy_(values.pop(id(tensor)))
+            elif tensor in values:
+                tensor.data.copy_(values.pop(tensor))
 
     monkeypatch.setattr(weights, "HOST", ELSEWHERE)
     monkeypatch.setattr(weights, "_move", move)

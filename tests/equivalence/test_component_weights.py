@@ -133,8 +133,8 @@ def test_putting_the_layers_on_again_sets_the_same_ones_aside(sdxl: UNet2DCondit
         with torch.no_grad():
             first = run_request(own, denoiser, [x, x])[-1]
             before = denoiser.weight_bytes
-            extra = torch.nn.Linear(3, 3)  # as an adapter does
-            own.down_blocks[1].resnets[0].extra = own.up_blocks[0].resnets[0].extra = extra
+            for block in (*own.down_blocks, *own.up_blocks):  # as an adapter does
+                block.resnets[0].extra = torch.nn.Linear(1, 1)
             denoiser.refresh()
             assert before <= denoiser.weight_bytes < before + 100
             assert torch.equal(run_request(own, denoiser, [x])[-1], first)

@@ -18,7 +18,7 @@ def pretend_accelerator(monkeypatch: pytest.MonkeyPatch) -> WeakTensorKeyDiction
     values = WeakTensorKeyDictionary()
 
     def move(module: nn.Module, device: torch.device) -> None:
-        for tensor in weights.weights_of([module]):
+        for tensor in weights.weight_tensors([module]):
             if device == ELSEWHERE:
                 values[tensor] = tensor.data.clone()
                 tensor.data.fill_(torch.nan)

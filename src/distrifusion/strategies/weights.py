@@ -14,7 +14,7 @@ from distrifusion.strategies.attach import Attachment
 HOST = torch.device("cpu")
 
 
-def weights_of(modules: Iterable[nn.Module]) -> list[torch.Tensor]:
+def weight_tensors(modules: Iterable[nn.Module]) -> list[torch.Tensor]:
     """Parameters and buffers of some modules, each once."""
     tensors = chain.from_iterable((*module.parameters(), *module.buffers()) for module in modules)
     return list({id(tensor): tensor for tensor in tensors}.values())
@@ -22,8 +22,8 @@ def weights_of(modules: Iterable[nn.Module]) -> list[torch.Tensor]:
 
 def num_bytes(idle: Iterable[nn.Module], model: nn.Module) -> int:
     """Bytes of a model's weights without those of parts that are idle."""
-    left = {id(tensor) for tensor in weights_of(idle)}
-    return sum(tensor.nbytes for tensor in weights_of([model]) if id(tensor) not in left)
+    left = {id(tensor) for tensor in weight_tensors(idle)}
+    return sum(tensor.nbytes for tensor in weight_tensors([model]) if id(tensor) not in left)
 
 
 class Aside:
@@ -45,7 +45,7 @@ class Aside:
         for module in self._homes.keys() - set(wanted):
             _move(module, self._homes.pop(module))
         for module in wanted:
-            tensors = weights_of([module])
+            tensors = weight_tensors([module])
             home = next((tensor.device for tensor in tensors if tensor.device != HOST and not tensor.is_meta), None)
             if module not in self._homes and home is not None:
                 self._homes[module] = home
@@ -72,5 +72,5 @@ def set_aside(modules: Iterable[nn.Module], layers: Attachment) -> None:
 
 def _move(module: nn.Module, device: torch.device) -> None:
     """Move all weights, those too that an adapter has brought meanwhile; the parameters stay the same objects."""
-    for tensor in weights_of([module]):
+    for tensor in weight_tensors([module]):
         tensor.data = tensor.data.to(device)

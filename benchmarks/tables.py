@@ -17,6 +17,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 
 import fidelity
+import layer_times
 import parallel_tables
 import speed
 import transformer_speed
@@ -37,6 +38,8 @@ def table(name: str) -> str:
     with redirect_stdout(printed):
         if "parallel_in_time" in document["options"]:
             parallel_tables.report(document)
+        elif "models" in document["options"]:
+            layer_times.report(document["rows"])
         elif "words" in document["options"]:
             transformer_speed.report(document["rows"], argparse.Namespace(**document["options"]))
         elif "bands" in document["options"]:

@@ -16,6 +16,7 @@ from distrifusion.nested import map_tensors, take_rows, tensors_of
 from distrifusion.rule import Rule, Subject
 from distrifusion.strategies.attach import Attachment
 from distrifusion.strategies.components import ComponentStep, ComponentStrategy, check_components
+from distrifusion.strategies.weights import num_bytes
 
 Call = BoundCall | TokenCall
 
@@ -44,10 +45,14 @@ class ComponentRule(Rule[Anatomy | TokenAnatomy]):
             check_components(self._plan, len(links))
         return list(links)
 
+    def weight_bytes(self) -> int:
+        """Bytes of the model's weights without the layers of other components; of all until it is known which."""
+        return num_bytes(self._components.idle, self._model)
+
     def attach(self, sites: Sequence[Site], layers: Attachment) -> None:
         """Replace the forwards of the layers."""
         self._chain = [site for site in sites if isinstance(site, LinkSite)]
-        self._components.attach(self._chain, layers)
+        self._components.attach(self._model, self._chain, layers)
 
     def question(self, call: Call) -> None:
         """What is kept is known when the first call has been watched."""
@@ -56,7 +61,9 @@ class ComponentRule(Rule[Anatomy | TokenAnatomy]):
         self, forward: Callable[..., Any], call: Call, layout: CallLayout, num_before: int, past_warmup: bool
     ) -> Any:
         """Run the model's own forward on this rank's batch rows; layers of other components do not run in it."""
-        args, kwargs = call.of_rows(partial(take_rows, layout.rows, call.sample.shape[0]))
+        given_at = self._exchange.given_at if self._chain and self._plan.timeshift and layout.index else None
+        own_call = call if given_at is None else call.at(given_at)
+        args, kwargs = own_call.of_rows(partial(take_rows, layout.rows, call.sample.shape[0]))
         self._here = self._meet(call.sample)
         self._expected = None
         self._whole = True
@@ -64,10 +71,12 @@ class ComponentRule(Rule[Anatomy | TokenAnatomy]):
             return forward(*args, **kwargs)
         step = ComponentStep(
             kind=(layout.rows, call.key, form_of([*args, *sorted(kwargs.items())])),
+            chain=call.key,
             team=layout.team,
             index=layout.index,
             runs=_is_last(layout) or self._plan.renews(num_before),
             keeps=self._plan.late and num_before + 1 >= self._plan.num_synchronous,
+            cuts=num_before + 1 >= self._plan.num_whole,
         )
         if (cut := self._components.cut_of(step.kind)) is not None:
             self._whole = False

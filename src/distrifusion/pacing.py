@@ -49,6 +49,8 @@ class Pacing:
         if state is None:
             return policy
         past_warmup = self.past_warmup(state)
+        late = past_warmup and self._plan.late
+        before = self._times_before(state, timestep)
         return replace(
             policy,
             keep=self._keep,
@@ -57,26 +59,28 @@ class Pacing:
             frozen=self._plan.frozen,
             sending=self._sending,
             codes=past_warmup,
-            forecast=self._forecast(state, timestep, device) if self._plan.forecast else 0.0,
+            forecast=self._forecast(before, timestep, device) if self._plan.forecast else 0.0,
             watches=self._plan.resync is not None,
-            late=past_warmup and self._plan.late,
+            late=late,
             renews=self._plan.renews(state.calls),
             num_relayed=1 + (self._plan.forecast > 0) + (self._plan.stride > 1),
+            given_at=before[-1] if late and before else None,
         )
 
-    def _forecast(self, state: CallState, timestep: Any, device: torch.device) -> Weight:
+    def _times_before(self, state: CallState, timestep: Any) -> tuple[Any, ...]:
+        """Timesteps of the last two calls whose values are there; this call's is noted."""
+        if not self._plan.renews(state.calls):  # the last values are still on their way
+            return state.times[-3:-1]
+        before = state.times[-2:]
+        state.times = (*before, timestep)
+        return before
+
+    def _forecast(self, before: tuple[Any, ...], timestep: Any, device: torch.device) -> Weight:
         """How much of their last change values are carried on by: in proportion to the steps of the solver's time."""
-        time = torch.as_tensor(timestep, device=device).float()
-        if time.dim() > 1:  # of every token: those of a given frame are at 0, the others at the solver's time
-            time = time.flatten(1).amax(1)
-        if self._plan.renews(state.calls):
-            before = state.times[-2:]
-            state.times = (*before, time)
-        else:  # the last values are still on their way
-            before = state.times[-3:-1]
-        if len(before) < 2 or before[0].shape != time.shape:
+        *past, time = (_solver_time(value, device) for value in (*before, timestep))
+        if len(past) < 2 or past[0].shape != time.shape:
             return 0.0
-        last, now = before[1] - before[0], time - before[1]
+        last, now = past[1] - past[0], time - past[1]
         ratio = torch.where(last == 0, 0.0, now / last).clamp(0, _MOST_STEPS)
         weight = self._plan.forecast / 100 * ratio
         return weight.reshape(1, -1, 1, 1) if weight.dim() else weight
@@ -97,3 +101,9 @@ class Pacing:
     def _decide(state: CallState, own: torch.Tensor, swap: Swap, bound: float) -> None:
         largest = torch.cat([own, *swap.wait().values()]).max()
         state.drifted = not bool(largest < bound)  # NaN counts as drifted; a bound of 0 makes every call synchronous
+
+
+def _solver_time(timestep: Any, device: torch.device) -> torch.Tensor:
+    """A timestep [] or [B] in fp32; of timesteps of every token [B, L], the largest: those of given frames are at 0."""
+    time = torch.as_tensor(timestep, device=device).float()
+    return time.flatten(1).amax(1) if time.dim() > 1 else time

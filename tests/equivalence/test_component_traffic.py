@@ -29,7 +29,7 @@ FP32, FAR_OVER = 4, 1e-3
 
 def watched(model: torch.nn.Module, inputs: dict[str, Any]) -> list[Seen]:
     """The layers of a chain, as one call shows them."""
-    watch, attachment = Watch(retain=False), Attachment()
+    watch, attachment = Watch(), Attachment()
 
     def layer(name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
         return lambda *args, **kwargs: watch.run(name, forward, args, kwargs)

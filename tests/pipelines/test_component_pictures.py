@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 from families import PIPELINES as UNETS
+from lora_files import write_lora
 from ranks import EXACT, Ranks, own_copy
 from transformer_families import PIPELINES as TRANSFORMERS
 
-from distrifusion import PlanError, parallelize, trace
+from distrifusion import PlanError, parallelize, trace, unparallelize
 from distrifusion.exchange.virtual import VirtualTransport, VirtualWorld
 from distrifusion.in_place import denoisers_of
 from distrifusion.memory.prediction import pool_bytes
 from distrifusion.plan import Plan
 from distrifusion.timeline import DISPLACED, SYNCHRONOUS, Timeline
+from weights_away import pretend_accelerator
 
 CASES = {**UNETS, **TRANSFORMERS}
 
@@ -68,3 +72,26 @@ def test_too_many_components_are_refused_before_a_run_and_leave_the_pipeline_who
     with pytest.raises(PlanError, match="cannot be cut into 40 components; use 'async"):
         parallelize(pipe, "async40", VirtualTransport(VirtualWorld(40), 0))
     assert not any("forward" in vars(module) for module in pipe.transformer.modules())
+
+
+def test_adapters_that_come_and_go_go_where_their_layers_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loaded, exchanged and unloaded between calls, while the layers of other components are aside."""
+    away = pretend_accelerator(monkeypatch)
+    case, pipe = UNETS["StableDiffusionPipeline"], UNETS["StableDiffusionPipeline"].make()
+    files = [write_lora(StableDiffusionPipeline, pipe.unet, "attention", seed, tmp_path / str(seed)) for seed in (1, 2)]
+    ranks, one = Ranks(pipe, "async2.sync"), own_copy(pipe)
+
+    def load(file: Path | None) -> None:
+        for own in (one, *ranks.pipes):
+            own.unload_lora_weights()
+            if file is not None:
+                own.load_lora_weights(file.parent, weight_name=file.name)
+
+    for file in (None, *files, None):
+        load(file)
+        assert ranks.error(case, case(one)) <= EXACT
+        assert away
+    ranks.each(unparallelize)
+    assert not away
+    for own in ranks.pipes:
+        assert all(torch.equal(a, b) for a, b in zip(own.unet.parameters(), one.unet.parameters(), strict=True))

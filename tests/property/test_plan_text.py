@@ -14,7 +14,7 @@ from distrifusion.plan import ALL_KINDS, DEFAULT_STALE, DEFAULT_WARMUP, DELTA_BI
 from distrifusion.plan.legality import CLASHES
 
 _KNOWN = re.compile(
-    r"(dp|cfg|patch|ulysses|ring|pipe|async|tp|m|stride|w|delta|forecast|resync)\d+|forecast|rows|columns|alternating|sync|displaced|frozen|naive|kv|halo|norm|all|(stale|separate|corrected)norm"
+    r"(dp|cfg|patch|ulysses|ring|pipe|async|tp|m|stride|w|delta|forecast|resync)\d+|forecast|rows|columns|alternating|sync|displaced|frozen|naive|kv|halo|norm|all|(stale|separate|corrected)norm|timeshift|timed"
 )
 
 cuts = st.sampled_from((Split.ROWS, Split.COLUMNS))
@@ -59,10 +59,12 @@ async_plans = st.builds(
     cfg=cfgs,
     components=st.integers(2, 6),
     stride=st.sampled_from((1, 2)),
+    timeshift=st.booleans(),
     late=st.just(True),
     warmup=st.integers(0, 60),
     forecast=st.integers(0, 200),
 )
+timed_plans = st.builds(replace, async_plans, warmup=st.integers(3, 60), timed=st.just(True))
 pipe_plans = st.builds(
     Plan,
     dp=st.integers(1, 3),
@@ -80,6 +82,7 @@ plans = (
     exact_plans
     | weight_plans
     | async_plans
+    | timed_plans
     | pipe_plans
     | exact_depth_plans
     | attention_plans
@@ -293,6 +296,11 @@ def test_two_methods_that_clash_are_named_with_legal_plans_near(one: str, other:
         ("stride2", "async2"),
         ("async2.stride3", "stride3"),
         ("async2.sync.stride2", "stride2"),
+        ("async2.sync.timeshift", "timeshift"),
+        ("pipe2.timeshift", "async2"),
+        ("async2.sync.timed", "async2"),
+        ("async2.timed.w2", "w3"),
+        ("timed", "async2"),
         ("m4", "pipe2"),
         ("pipe2.m0", "m0"),
         ("pipe2.sync.m4", "m4"),

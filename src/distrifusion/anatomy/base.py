@@ -178,6 +178,10 @@ class BoundCall:
         cut = {**self.batched, **self.spatial}
         return (take(self.sample),), {**map_tensors(cut, take), **self.rest}
 
+    def at(self, timestep: Any) -> BoundCall:
+        """The call at another timestep."""
+        return replace(self, batched={**self.batched, "timestep": timestep})
+
     def map(self, change: Callable[[torch.Tensor], Any]) -> BoundCall:
         """The call with every tensor changed."""
         parts = (map_tensors(part, change) for part in (self.sample, self.batched, self.spatial, self.rest))

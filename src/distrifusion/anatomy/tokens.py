@@ -112,6 +112,10 @@ class TokenCall:
         bound = self._taking(take).bound
         return bound.args, bound.kwargs
 
+    def at(self, timestep: Any) -> TokenCall:
+        """The call at another timestep."""
+        return self._with({**self.bound.arguments, "timestep": timestep})
+
     def map(self, change: Callable[[torch.Tensor], Any]) -> TokenCall:
         """The call with every tensor changed."""
         return self._with({name: map_tensors(value, change) for name, value in self.bound.arguments.items()})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from distrifusion.exchange.gathering import AS_THEY_ARE, Sending, Weight
 from distrifusion.exchange.pool import CallState
@@ -27,6 +28,7 @@ class CallPolicy:
         late: what is taken is the last value that was given, not this call's.
         renews: what is given and taken late moves on in this call.
         num_relayed: values that a rank keeps of what it takes.
+        given_at: timestep of the call that gave what is taken late; None where it is this call's.
     """
 
     team: tuple[int, ...]
@@ -42,3 +44,4 @@ class CallPolicy:
     late: bool = False
     renews: bool = True
     num_relayed: int = 1
+    given_at: Any = None

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from distrifusion.exchange.gathering import GatherBuffer
 from distrifusion.exchange.pieces import PieceBuffer
 from distrifusion.exchange.posted import Posted
-from distrifusion.exchange.relay import Relay
+from distrifusion.exchange.relay import Parties, Relay
 from distrifusion.exchange.transport import Message, Transport
 from distrifusion.plan import SiteKind
 
@@ -98,17 +99,17 @@ class CallState:
 
     Attributes:
         calls: denoiser calls that have ended.
-        times: timesteps of the last three calls that sent values, the latest last.
+        times: timesteps of the last three calls that sent values, as they were given, the latest last.
         drifted: the next call is to be synchronous, because kept values have moved too far.
         pieces: keys and values of pieces that flow through a rank, by site.
     """
 
     calls: int = 0
-    times: tuple[torch.Tensor, ...] = ()
+    times: tuple[Any, ...] = ()
     drifted: bool = False
     gathers: dict[str, GatherBuffer] = field(default_factory=dict)
     swaps: dict[str, Swapped] = field(default_factory=dict)
-    relays: dict[str, Relay] = field(default_factory=dict)
+    relays: dict[tuple[str, Parties], Relay] = field(default_factory=dict)
     pieces: dict[str, PieceBuffer] = field(default_factory=dict)
 
     def keep(

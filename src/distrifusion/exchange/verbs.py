@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -60,6 +61,11 @@ class Exchange:
     def team(self) -> tuple[int, ...]:
         """Ranks that share the picture of this call, in order."""
         return self._policy.team
+
+    @property
+    def given_at(self) -> Any:
+        """Timestep of the call that gave what is taken late in this one; None where it is this call's own."""
+        return self._policy.given_at
 
     def begin(self, policy: CallPolicy) -> None:
         """Start a denoiser call."""
@@ -253,11 +259,12 @@ class Exchange:
 
     def _relay(self, site: str, like: Sequence[torch.Tensor], parties: Parties, device: torch.device) -> Relay:
         state = self._policy.state
-        entry = state.relays.get(site) if state else None
+        # By the parties too: another kind of call within a request may be cut elsewhere.
+        entry = state.relays.get((site, parties)) if state else None
         if entry is None:
             entry = Relay(f"{site}#0", like, parties, self._policy.num_relayed, device)
             if state:
-                state.relays[site] = entry
+                state.relays[site, parties] = entry
         return entry
 
     def sum(self, site: str, partial: torch.Tensor) -> Sum:

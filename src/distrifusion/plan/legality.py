@@ -82,6 +82,14 @@ def _check_depth(plan: Plan) -> None:
         raise PlanError(f"stride{plan.stride} says how often components run; it needs 'async2' or more of them")
     if plan.stride > 1 and not plan.late:
         raise PlanError(f"stride{plan.stride} lets components serve two calls, and 'sync' none but the own; drop one")
+    if plan.timeshift and (plan.components == 1 or not plan.late):
+        raise PlanError(
+            "timeshift gives a component the timestep of its old input; it needs 'async2' or more without 'sync'"
+        )
+    if plan.timed and (plan.components == 1 or not plan.late):
+        raise PlanError("timed says by what components are balanced; it needs 'async2' or more without 'sync'")
+    if plan.timed and plan.num_whole < 2:
+        raise PlanError(f"timed takes the time of layers in the warm-up, for which 'w{plan.warmup}' is short; use 'w3'")
     if plan.pieces is not None and plan.stages == 1:
         raise PlanError(f"m{plan.pieces} says how many pieces flow through stages; it needs 'pipe2' or more of them")
     if plan.pieces is not None and not plan.late:

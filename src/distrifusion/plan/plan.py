@@ -23,7 +23,7 @@ class Plan:
     - `ulysses<N>` (DeepSpeed Ulysses, arXiv 2309.14509), `ring<N>` (ring attention, arXiv 2310.01889) or both, for
       transformers.
     - `pipe<N>`, for transformers, with `m<M>` (PipeFusion, arXiv 2405.14430); also with `ulysses<N>` in every stage.
-    - `async<N>`, for all models, with `stride2` or not (AsyncDiff, arXiv 2406.06911).
+    - `async<N>`, for all models, with `stride2`, `timeshift` and `timed` or without (AsyncDiff, arXiv 2406.06911).
     - `tp<N>`, for all models (Megatron-LM, arXiv 1909.08053).
 
     `w<N>` is the number of calls after the first that stay synchronous. `forecast` or `forecast<percent>` extrapolates
@@ -43,6 +43,8 @@ class Plan:
         components: parts of the network in depth that run at once, each on the last call's output of the one before;
             at least 1.
         stride: denoiser calls that one run of a component serves, 1 or 2; the last component runs in every call.
+        timeshift: components that take old values are told the timestep of the call that gave them.
+        timed: components are balanced by the time that layers take in calls of the warm-up, not by their operations.
         stages: parts of the network in depth through which pieces of the picture flow; at least 1.
         pieces: pieces of tokens that flow through the stages; at least 1. None: as many as stages.
         split: direction of the cut.
@@ -70,6 +72,8 @@ class Plan:
     tp: int = 1
     components: int = 1
     stride: int = 1
+    timeshift: bool = False
+    timed: bool = False
     stages: int = 1
     pieces: int | None = None
     split: Split = Split.ROWS
@@ -100,6 +104,11 @@ class Plan:
     def team(self) -> int:
         """Number of ranks that share the pictures of one part of the batch."""
         return self.patch * self.ulysses * self.ring * self.tp * self.stages * self.components
+
+    @property
+    def num_whole(self) -> int:
+        """Calls of a request that run whole before components are cut; two more are exact, which a forecast needs."""
+        return self.num_synchronous - 2 if self.timed else 1
 
     @property
     def owns_weights(self) -> bool:

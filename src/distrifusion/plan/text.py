@@ -20,7 +20,9 @@ _NUMBERS = {"m": "pieces", "stride": "stride", "delta": "delta", "forecast": "fo
 _NUMBER = re.compile(rf"({'|'.join((*AXES, *_NUMBERS))})(\d+)")
 _POLICY_WORDS = ("sync", "displaced", "frozen", "naive")
 _UNITS = {"delta": "bits", "forecast": "percent", "resync": "percent", "m": "M"}
-_PLAIN = (*Split, *_POLICY_WORDS, *SiteKind, "all", *Norms)
+# Words that are fields of the same name.
+_SWITCHES = ("timeshift", "timed")
+_PLAIN = (*Split, *_POLICY_WORDS, *SiteKind, "all", *Norms, *_SWITCHES)
 # What is offered for a word that is nearly right.
 _EXAMPLES = {"dp": "dp2", "cfg": "cfg2", "pipe": "pipe2", "async": "async2", "tp": "tp2", "ring": "ring2",
              "ulysses": "ulysses2", "patch": "patch2", "m": "m4", "stride": "stride2", "delta": "delta4",
@@ -32,6 +34,7 @@ def write(plan: Plan) -> str:
     words = degrees(plan) or ["patch1"]
     if plan.stride > 1:
         words.append(f"stride{plan.stride}")
+    words += [word for word in _SWITCHES if getattr(plan, word)]
     if plan.pieces is not None:
         words.append(f"m{plan.pieces}")
     if plan.split is not Split.ROWS:
@@ -83,6 +86,8 @@ def read(text: str) -> dict[str, Any]:
             put("forecast", DEFAULT_FORECAST, word)
         elif word in tuple(Split):
             put("split", Split(word), word)
+        elif word in _SWITCHES:
+            put(word, True, word)
         elif word in _POLICY_WORDS:
             put("policy", word, word)
         elif word == "all":

@@ -179,7 +179,7 @@ class Costs:
 
 def _key(plan: Plan) -> Plan:
     """Plans that differ in this alone have the same calls."""
-    return replace(plan, warmup=0, resync=None)
+    return replace(plan, warmup=0, timed=False, resync=None)
 
 
 def _first_rows(arguments: Arguments, rows: int, num_rows: int) -> Arguments:

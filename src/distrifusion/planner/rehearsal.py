@@ -201,7 +201,7 @@ def _calls(
     """A fresh call and a steady one, and the numbers that the rank said to others."""
     transport = SilentTransport(rank, plan.num_ranks, told)
     # One call of the warm-up is like another, and nobody can say without values when they have drifted too far.
-    denoiser = ParallelDenoiser(model, replace(plan, warmup=0, resync=None), transport)
+    denoiser = ParallelDenoiser(model, replace(plan, warmup=0, timed=False, resync=None), transport)
     denoiser.attach()
     try:
         with torch.no_grad():

@@ -8,20 +8,22 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 
 from distrifusion.anatomy.base import LinkSite
-from distrifusion.depth import Depth, divide
 from distrifusion.errors import PlanError, UnsupportedModel
 from distrifusion.exchange.verbs import Exchange
 from distrifusion.nested import map_tensors, tensors_of
 from distrifusion.plan import Plan
 from distrifusion.strategies.attach import Attachment
-from distrifusion.strategies.watching import Seen, Watch
+from distrifusion.strategies.cutting import Cut, Cuts
+from distrifusion.strategies.watching import Stopwatch, Watch
+from distrifusion.strategies.weights import Aside
 
 Forward = Callable[..., Any]
 
@@ -32,94 +34,124 @@ class ComponentStep:
 
     Attributes:
         kind: what must be alike in two calls in which the same layers read the same.
+        chain: what must be alike in two calls in which the same layers take the same time.
         team: ranks of the components, in their order.
         index: this rank's component.
         runs: this rank's component runs in this call; otherwise none of its layers does.
         keeps: what is taken must be there in the next call.
+        cuts: if this kind of call is not cut yet, it is after this call.
     """
 
     kind: Hashable
+    chain: Hashable
     team: tuple[int, ...]
     index: int
     runs: bool = True
     keeps: bool = False
+    cuts: bool = True
 
 
-@dataclass(frozen=True)
-class Cut:
-    """A kind of call: its layers by name, in the order in which they run, who runs them, and what the model gives."""
+@dataclass
+class Whole:
+    """A call that runs whole on every rank.
 
-    seen: dict[str, Seen]
-    places: dict[str, int]
-    depth: Depth
-    result: Any
+    Attributes:
+        observer: looks on.
+        sites: the layers that have run, by name, in their order.
+        outputs: what they gave, if it must be kept.
+    """
+
+    observer: Watch | Stopwatch
+    sites: list[str] = field(default_factory=list)
+    outputs: list[Any] = field(default_factory=list)
 
 
 class ComponentStrategy:
     """Runs the layers of one component.
 
-    The first call of a kind runs whole on every rank and is watched: what reads what, and what costs how much, says
-    where the chain is cut, alike on all ranks.
+    The first call of a kind runs whole on every rank and is watched, maybe some more are timed: what reads what, and
+    what costs how much, says where the chain is cut, alike on all ranks. Only then it is known which weights a rank
+    works with.
     """
 
     def __init__(self, exchange: Exchange, plan: Plan) -> None:
         self._exchange = exchange
         self._plan = plan
-        self._cuts: dict[Hashable, Cut] = {}
+        self._cuts = Cuts(exchange, plan)
         self._step: ComponentStep | None = None
-        self._watch: Watch | None = None
+        self._whole: Whole | None = None
         self._uses: Counter[str] = Counter()
         self._stream: list[torch.Tensor] | None = None
+        self._sites: Sequence[LinkSite] = ()
+        self._first: nn.Parameter | None = None
+        self._own: set[str] = set()
+        self._aside = Aside(Attachment())
 
-    def attach(self, sites: Sequence[LinkSite], attachment: Attachment) -> None:
-        """Replace the forward of every layer of the chain."""
+    def attach(self, model: nn.Module, sites: Sequence[LinkSite], attachment: Attachment) -> None:
+        """Replace the forward of every layer of the chain, and set aside the weights of those that do not run here."""
+        self._sites, self._first = sites, next(model.parameters())
         for site in sites:
             attachment.replace(site.module, "forward", partial(partial, self._layer, site))
+        self._aside = Aside(attachment)
+        self._aside.hold(self.idle)
+
+    @property
+    def idle(self) -> list[nn.Module]:
+        """The layers of other components in every kind of call so far; none before the first was cut.
+
+        Not the layer that has the model's first parameter: a model says by it on which device it is.
+        """
+        if not self._own:
+            return []
+        foreign = [site.module for site in self._sites if site.name not in self._own]
+        return [module for module in foreign if all(p is not self._first for p in module.parameters())]
 
     def cut_of(self, kind: Hashable) -> Cut | None:
-        """Who runs what in calls of a kind; None before the first."""
+        """Who runs what in calls of a kind; None while they run whole."""
         return self._cuts.get(kind)
 
     def run(self, forward: Callable[[], Any], step: ComponentStep) -> Any:
-        """The model's result: whole on every rank in the first call of a kind, then on the last component's alone."""
+        """The model's result: whole on every rank until a kind of call is cut, then on the last component's alone."""
         self._step, self._stream = step, None
         self._uses.clear()
-        if step.kind not in self._cuts:
-            result = self._watched(forward, step)
-        else:
-            result = forward()
-            self._check_all_ran(self._cuts[step.kind])
+        cut = self._cuts.get(step.kind)
+        result = forward() if cut else self._run_whole(forward, step)
+        if cut:
+            self._check_all_ran(len(cut.places))
         self._stream = None
         return result
 
-    def _check_all_ran(self, cut: Cut) -> None:
-        if self._uses.total() != len(cut.places):
+    def _check_all_ran(self, expected: int) -> None:
+        if self._uses.total() != expected:
             raise UnsupportedModel(
-                f"plan '{self._plan}': {self._uses.total()} layers ran where {len(cut.places)} did in a call of the "
-                "same arguments; what a model runs must not change within a run"
+                f"plan '{self._plan}': {self._uses.total()} layers ran where {expected} did in a call of the same "
+                "arguments; what a model runs must not change within a run"
             )
 
-    def _watched(self, forward: Callable[[], Any], step: ComponentStep) -> Any:
-        self._watch = watch = Watch(retain=step.keeps)
+    def _run_whole(self, forward: Callable[[], Any], step: ComponentStep) -> Any:
+        expected = self._cuts.num_layers(step.kind)
+        self._whole = whole = Whole(Watch() if expected is None else Stopwatch())
         try:
-            with watch:
+            with whole.observer:
                 result = forward()
         finally:
-            self._watch = None
-        check_components(self._plan, len(watch.seen))
-        depth = divide([seen.layer for seen in watch.seen], self._plan.components, self._plan.stride)
-        names = [seen.name for seen in watch.seen]
-        cut = Cut(
-            seen=dict(zip(names, watch.seen, strict=True)),
-            places={name: place for place, name in enumerate(names)},
-            depth=depth,
-            result=map_tensors(result, lambda tensor: torch.empty_like(tensor, device="meta")),
-        )
-        self._cuts[step.kind] = cut
-        for place in sorted(depth.takes[step.index]) if step.keeps else ():
-            giver = step.team[depth.owner[place]]
-            self._exchange.keep(names[place], self._of_stream(watch.outputs[place], -1), giver)
+            self._whole = None
+        check_components(self._plan, len(whole.sites))
+        self._check_all_ran(expected or len(whole.sites))
+        self._cuts.note(step.kind, whole.observer, result)
+        if step.cuts:
+            self._cut(step, whole, next(tensors_of(result)).device)
         return result
+
+    def _cut(self, step: ComponentStep, whole: Whole, device: torch.device) -> None:
+        """Let components run from the next call on, which may take what the whole gave in this one."""
+        cut = self._cuts.cut(step.kind, step.chain, device)
+        self._own |= {whole.sites[place] for place in cut.depth.runs[step.index]}
+        self._aside.hold(self.idle)
+        names = list(cut.places)
+        for place in sorted(cut.depth.takes[step.index]) if step.keeps else ():
+            giver = step.team[cut.depth.owner[place]]
+            self._exchange.keep(names[place], self._of_stream(whole.outputs[place], -1), giver)
 
     def _layer(self, site: LinkSite, forward: Forward, *args: Any, **kwargs: Any) -> Any:
         use = self._uses[site.name]
@@ -128,10 +160,11 @@ class ComponentStrategy:
         if self._stream is None:
             # Copies: a layer that runs may overwrite what it reads, and one that does not will not.
             self._stream = [tensor.clone() for tensor in tensors_of((args, kwargs))]
-        if self._watch is not None:
-            return self._watch.run(name, forward, args, kwargs)
-        assert self._step is not None, "a layer of a chain that was cut ran outside a denoiser call"
-        cut, index = self._cuts[self._step.kind], self._step.index
+        assert self._step is not None, "a layer of a chain ran outside a denoiser call"
+        if self._whole is not None:
+            return self._look_on(self._whole, site, partial(self._whole.observer.run, name, forward, args, kwargs))
+        cut, index = self._cuts.get(self._step.kind), self._step.index
+        assert cut is not None
         if name not in cut.places:
             raise UnsupportedModel(f"plan '{self._plan}': layer '{name}' did not run in an earlier call of this kind")
         place = cut.places[name]
@@ -142,6 +175,16 @@ class ComponentStrategy:
         output = forward(*args, **kwargs)
         if cut.depth.owner[place] == index and (takers := cut.depth.takers(place)):
             self._exchange.give(name, self._of_stream(output, -1), [self._step.team[taker] for taker in takers])
+        return output
+
+    def _look_on(self, whole: Whole, site: LinkSite, run: Callable[[], Any]) -> Any:
+        """A layer's output in a call of the whole."""
+        assert self._step is not None
+        with self._aside.lent(site.module):
+            output = run()
+        whole.sites.append(site.name)
+        if self._step.keeps:
+            whole.outputs.append(map_tensors(output, torch.clone))
         return output
 
     def _foreign(self, name: str, cut: Cut) -> Any:

@@ -1,8 +1,10 @@
-"""What the layers of a chain read and what they cost, as seen in one call of a model."""
+"""What the layers of a chain read and what they cost, as calls of a whole model show it."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -36,12 +38,9 @@ class Watch(TorchFunctionMode):
 
     Attributes:
         seen: uses of layers in their order.
-        outputs: what they gave, if `retain`.
     """
 
-    retain: bool
     seen: list[Seen] = field(default_factory=list)
-    outputs: list[Any] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -58,8 +57,6 @@ class Watch(TorchFunctionMode):
         for tensor in tensors_of(output):
             self._made_of[tensor] = frozenset((len(self.seen),))
         self.seen.append(Seen(name, layer, map_tensors(output, _without_values)))
-        if self.retain:
-            self.outputs.append(map_tensors(output, torch.clone))
         return output
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -76,6 +73,34 @@ class Watch(TorchFunctionMode):
         for tensor in tensors_of(value):
             found |= self._made_of.get(tensor, frozenset())
         return found
+
+
+@dataclass
+class Stopwatch(AbstractContextManager["Stopwatch"]):
+    """Takes the time of the layers of one call.
+
+    Attributes:
+        nanoseconds: of uses of layers in their order; on an accelerator from when it has nothing else to do.
+    """
+
+    nanoseconds: list[int] = field(default_factory=list)
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def run(self, name: str, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """A layer's output."""
+        device = next(tensors_of((args, kwargs))).device
+        start = _now(device)
+        output = forward(*args, **kwargs)
+        self.nanoseconds.append(_now(device) - start)
+        return output
+
+
+def _now(device: torch.device) -> int:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return time.perf_counter_ns()
 
 
 def operations(name: str, args: Any, kwargs: Any, result: Any) -> int:

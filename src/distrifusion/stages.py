@@ -85,7 +85,7 @@ class StageRule:
     def _check(self, blocks: Sequence[BlockSite]) -> None:
         name = type(self._model).__name__
         if any(block.kind.skips for block in blocks):
-            near = replace(self._plan, stages=1, pieces=None, late=False, ulysses=self._plan.team)
+            near = replace(self._plan, stages=1, pieces=None, late=False, forecast=0, ulysses=self._plan.team)
             raise PlanError(
                 f"plan '{self._plan}': {name} has skip connections between the halves of its blocks, which would cross "
                 f"the stages; use '{near}'"

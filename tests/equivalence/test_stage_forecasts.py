@@ -11,10 +11,15 @@ from division import EXACT, errors, on_ranks, predictions
 
 from distrifusion.denoiser import ParallelDenoiser
 from distrifusion.exchange.pieces import PieceBuffer
-from distrifusion.planner.depth import by_formula, undivided
-from distrifusion.plan import Plan
+from distrifusion.stages import StageRule
 from models import moved, run_request
 from transformers_tiny import FAMILIES
+
+
+@pytest.fixture(autouse=True)
+def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks do not ask before they hold, which has tests of its own."""
+    monkeypatch.setattr(StageRule, "question", lambda self, call: None)
 
 
 @cache
@@ -88,24 +93,6 @@ def test_values_carried_back_are_farther_off(monkeypatch: pytest.MonkeyPatch) ->
     plain = errors(model_of("SD3"), "pipe2.m3.w1", steps)[-1]
     monkeypatch.setattr(PieceBuffer, "advance", lambda self, weight: intact(self, -weight))
     assert errors(model_of("SD3"), "pipe2.m3.forecast.w1", steps)[-1] > plain
-
-
-@pytest.mark.parametrize("words", ["m3.w0", "m3.forecast.w0", "m3.forecast.w2"])
-def test_a_forecast_keeps_as_much_again_as_is_said_before(words: str) -> None:
-    model, plan = model_of("SD3"), Plan.parse(f"pipe2.{words}")
-    steps = walk("SD3", 5)
-
-    def held(model: Any, denoiser: ParallelDenoiser) -> int:
-        denoiser.open("request")
-        for step in steps:
-            denoiser.slot = 0
-            model(**step)
-        return denoiser.pool.num_bytes
-
-    by_rank = on_ranks(model, str(plan), held)
-    predicted = by_formula(model, plan, undivided(model, steps[0])).steady.kept
-    print(by_rank, predicted)
-    assert max(by_rank) == predicted
 
 
 def test_a_request_is_not_carried_on_by_the_one_before() -> None:

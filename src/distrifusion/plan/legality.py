@@ -129,10 +129,16 @@ def _check_knobs(plan: Plan) -> None:
     ages = SiteKind.KV in plan.stale and not plan.frozen
     if plan.forecast and not ages and not plan.late:
         raise PlanError(
-            f"'forecast{plan.forecast}' carries on stale values; it needs 'displaced' with 'kv', 'async<N>' or 'pipe<N>'"
+            f"'forecast{plan.forecast}' carries on stale values; it needs 'displaced' with 'kv', 'async<N>' or "
+            "'pipe<N>', without 'sync'"
         )
     if plan.forecast and plan.pieces == 1:
         raise PlanError(f"'forecast{plan.forecast}' carries on keys of other pieces, and m1 has none; use m2 or more")
+    if plan.resync is not None and plan.stages > 1:
+        raise PlanError(
+            f"'resync{plan.resync}' has all ranks agree after a call, and stages begin the next one before; say with "
+            "w<N> how many calls are whole"
+        )
     if plan.resync is not None and not ages:
         raise PlanError(f"'resync{plan.resync}' watches stale keys and values; it needs 'displaced' with 'kv'")
 

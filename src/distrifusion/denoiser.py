@@ -161,8 +161,8 @@ class ParallelDenoiser(Division):
         """The call itself."""
         state = policy.state
         self.exchange.begin(policy)
-        keeps = state is not None and state.calls == 0 and self.plan.kept and not call.sample.is_meta
-        if keeps and (question := self._rule.question(call)):
+        first = state is not None and state.calls == 0 and not call.sample.is_meta
+        if first and (self.plan.kept or self.plan.late) and (question := self._rule.question(call)):
             check_fits(question, self.plan, self.exchange, call.sample.device)
         num_before = state.calls if state else 0
         result = self._rule.compute(forward, call, layout, num_before, self._pacing.past_warmup(state))

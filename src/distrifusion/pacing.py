@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from distrifusion.exchange.gathering import Sending, Weight
+from distrifusion.exchange.forecast import Weight
+from distrifusion.exchange.gathering import Sending
 from distrifusion.exchange.handles import Swap
 from distrifusion.exchange.policy import CallPolicy
 from distrifusion.exchange.pool import CallState
@@ -82,8 +83,7 @@ class Pacing:
             return 0.0
         last, now = past[1] - past[0], time - past[1]
         ratio = torch.where(last == 0, 0.0, now / last).clamp(0, _MOST_STEPS)
-        weight = self._plan.forecast / 100 * ratio
-        return weight.reshape(1, -1, 1, 1) if weight.dim() else weight
+        return self._plan.forecast / 100 * ratio
 
     def announce(self, state: CallState | None, prefix: str, like: torch.Tensor) -> Callable[[], None]:
         """Tell every rank how far the own keys and values have moved in this call; what is returned waits and decides.

@@ -1,4 +1,4 @@
-"""Rows (or columns) of every resolution level to one interval per rank, uneven where they must be."""
+"""One interval per rank, uneven where they must be: of rows (or columns) of every level, or of what costs unlike."""
 
 from __future__ import annotations
 
@@ -125,3 +125,16 @@ def _scale(units: Sequence[Interval], factor: int, size: int) -> tuple[Interval,
     """Intervals of a finer level, of which the last one takes what rounding has left or wants."""
     *others, last = (Interval(u.start * factor, u.stop * factor) for u in units)
     return (*others, Interval(last.start, size))
+
+
+def balance(costs: Sequence[float], num_parts: int) -> tuple[Interval, ...]:
+    """Cut a sequence into contiguous parts, none empty, so that the most costly part costs least."""
+    best: dict[tuple[int, int], tuple[float, tuple[int, ...]]] = {(0, 0): (0.0, (0,))}
+    for parts in range(1, num_parts + 1):
+        for stop in range(parts, len(costs) + 1):
+            best[parts, stop] = min(
+                (max(best[parts - 1, start][0], sum(costs[start:stop])), (*best[parts - 1, start][1], stop))
+                for start in range(parts - 1, stop)
+                if (parts - 1, start) in best
+            )
+    return tuple(Interval(a, b) for a, b in pairwise(best[num_parts, len(costs)][1]))

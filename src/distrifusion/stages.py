@@ -6,20 +6,19 @@ import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import nn
 
 from distrifusion.anatomy.base import Site
-from distrifusion.anatomy.blocks import BlockSite, blocks_of, operations
+from distrifusion.anatomy.blocks import BlockSite, alike_parts, blocks_of
 from distrifusion.anatomy.tokens import TokenAnatomy, TokenAttentionSite, TokenCall
 from distrifusion.errors import PlanError
 from distrifusion.exchange.arriving import Arriving, arrive, complete
+from distrifusion.memory.tokens import StageQuestion, TokenQuestion, TokenShapes
 from distrifusion.mesh import AttentionAxes, CallLayout, StagePlace
 from distrifusion.nested import map_tensors
-from distrifusion.partition import Interval
 from distrifusion.predictions import Predictions, bands_of
 from distrifusion.rule import Rule, Subject
 from distrifusion.strategies.attach import Attachment
@@ -28,8 +27,6 @@ from distrifusion.strategies.pipefusion import Flow, PieceAttention, StageStrate
 from distrifusion.strategies.tokens import TokenStrategy, TooFewTokens
 from distrifusion.strategies.ulysses import UlyssesAttention
 from distrifusion.strategies.weights import num_bytes, set_aside
-
-_NOMINAL_TOKENS = 4096  # by which attention is weighed against all else, to balance stages before a call is known
 
 
 @dataclass
@@ -62,6 +59,7 @@ class StageRule(Rule[TokenAnatomy]):
         method = UlyssesAttention(self._exchange, attend) if self._plan.ulysses > 1 else attend
         self._tokens = TokenStrategy(self._exchange, method)
         self._stages = StageStrategy(self._exchange, self._tokens, attend, self._prefix)
+        self._without_values = TokenShapes(self._model, self._anatomy, StageQuestion)
         self._shapes: dict[Hashable, Shapes] = {}
         self._idle: list[nn.Module] = []
         self._check(blocks_of(self._model, self._anatomy.blocks))
@@ -69,7 +67,7 @@ class StageRule(Rule[TokenAnatomy]):
     def _check(self, blocks: Sequence[BlockSite]) -> None:
         name = type(self._model).__name__
         if any(block.kind.skips for block in blocks):
-            near = replace(self._plan, stages=1, pieces=None, late=False, ulysses=self._plan.team)
+            near = replace(self._plan, stages=1, pieces=None, late=False, forecast=0, ulysses=self._plan.team)
             raise PlanError(
                 f"plan '{self._plan}': {name} has skip connections between the halves of its blocks, which would cross "
                 f"the stages; use '{near}'"
@@ -88,9 +86,9 @@ class StageRule(Rule[TokenAnatomy]):
         """Replace the forwards of the sites, and set the weights of other stages aside."""
         blocks = [site for site in sites if isinstance(site, BlockSite)]
         attentions = [site for site in sites if isinstance(site, TokenAttentionSite)]
-        costs = [operations(block, attentions, _NOMINAL_TOKENS) for block in blocks]
         place = self._exchange.transport.rank % self._plan.team
-        own = balance(costs, self._plan.stages)[place // (self._plan.team // self._plan.stages)]
+        stage = place // (self._plan.team // self._plan.stages)
+        own = alike_parts(blocks, attentions, self._plan.stages)[stage]
         self._idle = [block.module for block in blocks if not own.start <= block.index < own.stop]
         set_aside(self._idle, layers)
         self._stages.attach(sites, own, layers)
@@ -99,8 +97,9 @@ class StageRule(Rule[TokenAnatomy]):
         """Bytes of the model's weights without the blocks of other stages, which this rank never runs."""
         return num_bytes(self._idle, self._model)
 
-    def question(self, call: TokenCall) -> None:
-        """How many tokens there are is known inside the model alone."""
+    def question(self, call: TokenCall) -> TokenQuestion | None:
+        """The call as one whose values are to be kept; None, with a warning, where shapes do not tell."""
+        return self._without_values.question(call, self._plan)
 
     def compute(
         self, forward: Callable[..., Any], call: TokenCall, layout: CallLayout, num_before: int, past_warmup: bool
@@ -200,16 +199,3 @@ def _width(sample: torch.Tensor, picture: int) -> int:
     size = math.isqrt(height * width // picture)
     even = size and height % size == width % size == 0 and height * width == picture * size**2
     return width // size if even else 0
-
-
-def balance(costs: Sequence[float], num_parts: int) -> tuple[Interval, ...]:
-    """Cut a sequence into contiguous parts, none empty, so that the most costly part costs least."""
-    best: dict[tuple[int, int], tuple[float, tuple[int, ...]]] = {(0, 0): (0.0, (0,))}
-    for parts in range(1, num_parts + 1):
-        for stop in range(parts, len(costs) + 1):
-            best[parts, stop] = min(
-                (max(best[parts - 1, start][0], sum(costs[start:stop])), (*best[parts - 1, start][1], stop))
-                for start in range(parts - 1, stop)
-                if (parts - 1, start) in best
-            )
-    return tuple(Interval(a, b) for a, b in pairwise(best[num_parts, len(costs)][1]))

@@ -18,6 +18,7 @@ from distrifusion.errors import PoolTooLarge, UnsupportedModel
 from distrifusion.memory import check
 from distrifusion.memory.prediction import pool_bytes
 from distrifusion.memory.tokens import TokenShapes, pool_bytes_of_call
+from distrifusion.stages import StageRule
 from distrifusion.tokens import TokenRule
 from models import moved, sdxl_unet, to_dtype, unet_inputs
 from transformers_tiny import FAMILIES, flux, flux_inputs, sd3, sd3_inputs, sd35, wan, wan_inputs
@@ -32,7 +33,8 @@ def predicted(model: Any, plan: str, inputs: dict[str, Any]) -> list[int]:
 @pytest.fixture
 def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ranks do not ask before they hold; each of them would make the passes that the test makes."""
-    monkeypatch.setattr(TokenRule, "question", lambda self, call: None)
+    for rule in (TokenRule, StageRule):
+        monkeypatch.setattr(rule, "question", lambda self, call: None)
 
 
 @pytest.mark.usefixtures("unchecked")
@@ -61,6 +63,34 @@ def test_every_policy_holds_what_is_predicted(plan: str, batch: int, height: int
     model, inputs = sd35(), sd3_inputs(batch, 2 * height, 2 * width)
     found = predicted(model, plan, inputs)
     assert held(model, plan, inputs) == found and min(found) > 0
+
+
+FLOWS = ("pipe2.m3.w0", "pipe2.m3.forecast.w0", "pipe2.m2.forecast.w1", "cfg2.pipe2.m4.w0", "pipe2.ulysses2.w0")
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("family", [name for name in FAMILIES if not name.startswith("Hunyuan")])
+def test_stages_of_every_family_hold_what_is_predicted(family: str) -> None:
+    """Of their own blocks alone, whole while all flows at once and in pieces after it."""
+    plan = FLOWS[sorted(FAMILIES).index(family) % len(FLOWS)]
+    model, inputs = FAMILIES[family].make(), FAMILIES[family].inputs(3, *FAMILIES[family].size)
+    found = predicted(model, plan, inputs)
+    assert held(model, plan, inputs) == found and min(found) > 0
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("plan", "height", "width"),
+    [
+        ("pipe4.m2.forecast.w0", 5, 5),
+        ("pipe2.ulysses5.m1.w0", 7, 5),  # three heads on five ranks
+        ("pipe2.ulysses2.m3.w0", 1, 1),  # a token that a group cannot share
+        ("pipe2.sync", 5, 3),
+    ],
+)
+def test_stages_and_their_groups_hold_what_is_predicted(plan: str, height: int, width: int) -> None:
+    model, inputs = flux(), flux_inputs(1, height, width)
+    assert held(model, plan, inputs) == predicted(model, plan, inputs)
 
 
 @pytest.mark.parametrize("plan", ["patch2", "ulysses2", "ring2", "patch2.naive", "patch2.delta32"])
@@ -110,6 +140,20 @@ def test_a_pool_that_does_not_fit_is_refused_by_all_ranks_alike(monkeypatch: pyt
     assert (error.needed, error.free) == (sum(predicted(model, plan, inputs)), sum(thinner))
     assert error.fits == "patch3.displaced.w0" and "as wide" not in str(error)
     assert answers(model, error.fits, inputs) == thinner
+
+
+@pytest.mark.parametrize(
+    ("plan", "fits"),
+    [("pipe2.m3.forecast.w0", "pipe2.m3.w0"), ("pipe2.m3.w0", "pipe2.sync"), ("cfg2.pipe2.w0", "cfg2.pipe2.sync")],
+)
+def test_stages_that_keep_too_much_are_refused_with_what_fits(
+    plan: str, fits: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, inputs = sd3(), sd3_inputs(2, 10, 6)
+    monkeypatch.setattr(check, "free_bytes", lambda device, wanted: sum(predicted(model, plan, inputs)) - 1)
+    found = answers(model, plan, inputs)
+    assert all(isinstance(error, PoolTooLarge) and error.fits == fits for error in found), found
+    assert all(isinstance(kept, int) for kept in answers(model, fits, inputs))
 
 
 def test_a_pool_that_just_fits_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -307,7 +307,9 @@ def test_two_methods_that_clash_are_named_with_legal_plans_near(one: str, other:
         ("async2.displaced", "patch2.displaced"),
         ("tp2.delta4", "patch2.delta4"),
         ("tp2.forecast", "forecast50"),
-        ("pipe2.resync10", "resync10"),
+        ("pipe2.resync10", "stages begin the next one before; say with w<N>"),
+        ("pipe2.sync.forecast", "without 'sync'"),
+        ("pipe2.m1.forecast", "m1 has none; use m2 or more"),
         ("async2.sync.w3", "w3"),
         ("pipe2.columns", "columns"),
         ("asynk2", "async2"),
@@ -321,7 +323,14 @@ def test_words_without_effect_on_a_method_in_depth_are_errors(text: str, named: 
 
 @pytest.mark.parametrize(
     ("text", "num_ranks"),
-    [("async2", 2), ("async3.stride2", 3), ("cfg2.pipe2.m8", 4), ("pipe2.ulysses3", 6), ("dp2.tp3", 6)],
+    [
+        ("pipe2.m4.forecast100", 2),
+        ("async2", 2),
+        ("async3.stride2", 3),
+        ("cfg2.pipe2.m8", 4),
+        ("pipe2.ulysses3", 6),
+        ("dp2.tp3", 6),
+    ],
 )
 def test_methods_that_own_weights_occupy_their_ranks(text: str, num_ranks: int) -> None:
     plan = Plan.parse(text)

@@ -9,7 +9,9 @@ from torch import nn
 
 from distrifusion.anatomy.base import Site
 from distrifusion.errors import UnsupportedModel
+from distrifusion.partition import Interval, balance
 
+_NOMINAL_TOKENS = 4096  # by which attention is weighed against all else, before a call is known
 _PICTURE = ("hidden_states",)
 _TEXT_FIRST = ("encoder_hidden_states", "hidden_states")
 _TEXT_LAST = ("hidden_states", "encoder_hidden_states")
@@ -106,3 +108,8 @@ def operations(block: BlockSite, attentions: Sequence[Site], num_tokens: int) ->
     channels = sum(int(getattr(module, "inner_dim", 0)) for module in inside)
     weights = sum(layer.in_features * layer.out_features for layer in linear)
     return block.kind.met * weights + 2 * num_tokens * channels
+
+
+def alike_parts(blocks: Sequence[BlockSite], attentions: Sequence[Site], num_parts: int) -> tuple[Interval, ...]:
+    """Cut the blocks of a model, given with its attention modules, into contiguous parts that compute alike."""
+    return balance([operations(block, attentions, _NOMINAL_TOKENS) for block in blocks], num_parts)

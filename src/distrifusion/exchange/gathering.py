@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 
 from distrifusion.exchange.codec import Codec
+from distrifusion.exchange.forecast import Weight, carry_on
 from distrifusion.exchange.posted import Posted
 from distrifusion.exchange.transport import Message, Transport
 from distrifusion.plan import CODED_BITS, Plan
 
-Weight = torch.Tensor | float
 SAMPLED = 8  # one of so many own tokens tells how far they have moved
 
 
@@ -99,9 +99,9 @@ class GatherBuffer(Posted):
             return
         before = self._split(self._before)
         if weight is not None:
-            weight = _plus_one(weight if self._num_received > 1 else 0.0, self.buffer.dtype)
+            weight = weight if self._num_received > 1 else 0.0
             for rank in self._remote:
-                before[rank].lerp_(self.parts[rank], weight)
+                carry_on(before[rank], self.parts[rank], weight, rows=1, out=before[rank])
         # What was just received is now the value before; the next one arrives where the forecast is read.
         self.turn()
 
@@ -153,10 +153,6 @@ class GatherBuffer(Posted):
             if before is not None:
                 self.parts[rank].copy_(before[rank])
             self._coded.decode(rank, self.parts[rank])
-
-
-def _plus_one(weight: Weight, dtype: torch.dtype) -> Weight:
-    return (1 + weight).to(dtype) if isinstance(weight, torch.Tensor) else 1 + weight
 
 
 class _Coded:

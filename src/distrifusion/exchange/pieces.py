@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 
 from distrifusion.errors import ConfigError
+from distrifusion.exchange.forecast import Weight, carry_on
+
+_Whole = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 
 
 class PieceBuffer:
@@ -14,14 +17,20 @@ class PieceBuffer:
     does not mind the order, but what stands in one cannot be renewed in the other: unless it is known how to arrange
     them, all keys in the first call of pieces are the last whole call's. Later each piece's are as fresh as can be.
 
+    Args:
+        forecasts: the values of the call before the last are kept too, so that old ones can be carried on.
+
     Attributes:
         streams: numbers of tokens of the streams that a whole consists of, in its order; empty if that is not known,
             or no whole waits to be arranged.
     """
 
-    def __init__(self) -> None:
-        self._whole: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None = None
-        self._room: torch.Tensor | None = None
+    def __init__(self, forecasts: bool = False) -> None:
+        self._wholes: list[_Whole] = []
+        self._num_kept = 2 if forecasts else 1
+        # Of the last calls [2, B, N, L, D]: the latest last; a forecast is made in the place of the oldest.
+        self._rooms: list[torch.Tensor] = []
+        self._num_calls = 0
         self._bias: torch.Tensor | None = None
         self._start = 0
         self.streams: tuple[int, ...] = ()
@@ -29,22 +38,33 @@ class PieceBuffer:
     @property
     def num_bytes(self) -> int:
         """Bytes held."""
-        held = (*(self._whole or ()), self._room, self._bias)
+        held = (*(tensor for whole in self._wholes for tensor in whole), *self._rooms, self._bias)
         return sum(tensor.nbytes for tensor in held if tensor is not None)
 
     def keep(
         self, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor | None, streams: tuple[int, ...] = ()
     ) -> None:
         """Keep what a call of the whole attends to: keys and values [B, N, L, D], bias [B or 1, N or 1, 1, L]."""
-        self._whole, self.streams = (key, value, bias), streams
+        self._wholes = [*self._wholes, (key, value, bias)][-self._num_kept :]
+        self.streams = streams
 
     def arrange(self, order: torch.Tensor) -> None:
         """Put what the whole attended to in the order of the pieces, given as places in the whole [L]."""
-        assert self._whole is not None
-        key, value, bias = self._whole
-        self._room = torch.stack([key[:, :, order], value[:, :, order]])
+        self._num_calls = len(self._wholes)
+        bias = self._wholes[-1][2]
         self._bias = None if bias is None else bias[..., order]
-        self._whole, self.streams = None, ()
+        self._rooms = [torch.stack([key[:, :, order], value[:, :, order]]) for key, value, _ in self._wholes]
+        self._wholes, self.streams = [], ()
+        self._add_rooms()
+
+    def advance(self, weight: Weight) -> None:
+        """Prepare what is kept for a call of pieces, carried on by so much of its last change; 0 leaves it."""
+        if self._wholes:
+            self._make_room()
+        elif self._rooms and self._num_kept > 1:
+            before, latest = self._rooms
+            self._rooms = [latest, carry_on(before, latest, weight if self._num_calls > 1 else 0.0, rows=1, out=before)]
+        self._num_calls += 1
 
     def renew(
         self, index: int, num: int, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor | None
@@ -60,24 +80,31 @@ class PieceBuffer:
         Raises:
             ConfigError: if the attention did not run in the call of the whole.
         """
-        if self._room is None or (self._whole is not None and index == 0):
-            self._make_room()
-        assert self._room is not None
+        if not self._rooms:
+            raise ConfigError("a block ran in pieces that the whole call before had skipped; skip it in both or none")
+        room = self._rooms[-1]
         start = 0 if index == 0 else self._start
         stop = self._start = start + key.shape[2]
-        self._room[0, :, :, start:stop] = key
-        self._room[1, :, :, start:stop] = value
+        room[0, :, :, start:stop] = key
+        room[1, :, :, start:stop] = value
         if self._bias is not None:
             assert bias is not None
             self._bias[..., start:stop] = bias
-        read = self._whole or (self._room[0], self._room[1], self._bias)
+        read = self._wholes[-1] if self._wholes else (room[0], room[1], self._bias)
         if index == num - 1:
-            self._whole = None
+            self._wholes = []
         return read
 
     def _make_room(self) -> None:
-        if self._whole is None:
-            raise ConfigError("a block ran in pieces that the whole call before had skipped; skip it in both or none")
-        key, _, bias = self._whole
-        self._room = key.new_empty(2, *key.shape)
+        """Room for pieces while the last whole is read, which cannot be arranged."""
+        key, _, bias = self._wholes[-1]
+        self._wholes = self._wholes[-1:]
+        self._rooms = [key.new_empty(2, *key.shape)]
         self._bias = None if bias is None else torch.empty_like(bias)
+        self._num_calls = 0
+        self._add_rooms()
+
+    def _add_rooms(self) -> None:
+        # Zeros: they are read before they have a value, with the weight 0.
+        missing = self._num_kept - len(self._rooms)
+        self._rooms = [torch.zeros_like(self._rooms[-1]) for _ in range(missing)] + self._rooms

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from distrifusion.exchange.gathering import AS_THEY_ARE, Sending, Weight
+from distrifusion.exchange.forecast import Weight
+from distrifusion.exchange.gathering import AS_THEY_ARE, Sending
 from distrifusion.exchange.pool import CallState
 from distrifusion.plan import SiteKind
 

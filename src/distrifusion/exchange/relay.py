@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from distrifusion.exchange.gathering import Weight
+from distrifusion.exchange.forecast import Weight, carry_on
 from distrifusion.exchange.posted import Posted
 from distrifusion.exchange.transport import Message
 
@@ -76,16 +76,8 @@ class Relay(Posted):
         if self.num_received < 2 or len(self._values) < 2 or (not isinstance(weight, torch.Tensor) and weight == 0):
             return [tensor.clone() for tensor in latest]
         before = self._values[-2]
-        return [old.lerp(new, _by_row(weight, new)) for old, new in zip(before, latest, strict=True)]
+        return [carry_on(old, new, weight, rows=0) for old, new in zip(before, latest, strict=True)]
 
     def _advance(self) -> None:
         self.num_received += 1
         self._values.append(self._values.pop(0))
-
-
-def _by_row(weight: Weight, like: torch.Tensor) -> Weight:
-    """1 + a weight for tensors [B, ...], for each row of the batch where it differs."""
-    if not isinstance(weight, torch.Tensor):
-        return 1 + weight
-    rows = (1 + weight).to(like.dtype)
-    return rows.reshape(-1, *[1] * (like.dim() - 1)) if rows.dim() else rows

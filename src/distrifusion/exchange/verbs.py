@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from distrifusion.exchange.borders import borders_of
+from distrifusion.exchange.forecast import Weight
 from distrifusion.exchange.gathering import AS_THEY_ARE, GatherBuffer
 from distrifusion.exchange.handles import Gathered, Halo, Shared, Swap, with_length
 from distrifusion.exchange.pieces import PieceBuffer
@@ -184,7 +185,12 @@ class Exchange:
     def pieces(self, site: str) -> PieceBuffer | None:
         """Where the request keeps keys and values of a site's pieces; None if it keeps nothing."""
         state = self._policy.state
-        return None if state is None else state.pieces.setdefault(site, PieceBuffer())
+        return None if state is None else state.pieces.setdefault(site, PieceBuffer(self._policy.sending.forecasts))
+
+    @property
+    def forecast(self) -> Weight:
+        """The part of their last change by which old values are carried on in this call."""
+        return self._policy.forecast
 
     def swap(
         self,

@@ -106,8 +106,11 @@ def _near(plan: Plan) -> Iterator[Plan]:
         if own.cfg == 1 and own.patch % 2 == 0 and own.patch > 2:
             yield replace(own, cfg=2, patch=own.patch // 2)
     fewer = (own.nearest(n) for n in range(plan.num_ranks - 1, 1, -1) for own in (plan, *thinner))
-    yield from (own for own in fewer if not own.exact)
-    yield Plan(dp=plan.dp, cfg=plan.cfg, patch=plan.patch, split=plan.split)
+    yield from (own for own in fewer if not own.exact and own.stages <= plan.stages)
+    if plan.stages > 1:
+        yield replace(plan, late=False, pieces=None, forecast=0)
+    else:
+        yield Plan(dp=plan.dp, cfg=plan.cfg, patch=plan.patch, split=plan.split)
 
 
 def _thinner(plan: Plan) -> Iterator[Plan]:

@@ -7,8 +7,9 @@ same configuration: nothing is computed, and what a model keeps of its own calls
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -17,18 +18,19 @@ from torch import nn
 
 from distrifusion.anatomy import anatomy_of
 from distrifusion.anatomy.base import Site
-from distrifusion.anatomy.tokens import JoinSite, TokenAnatomy, TokenCall
+from distrifusion.anatomy.blocks import alike_parts, blocks_of
+from distrifusion.anatomy.tokens import JoinSite, TokenAnatomy, TokenAttentionSite, TokenCall
 from distrifusion.errors import UnsupportedModel
 from distrifusion.exchange.handles import with_length
 from distrifusion.exchange.transport import SingleTransport
 from distrifusion.exchange.verbs import Exchange
 from distrifusion.memory.prediction import gathered_bytes
-from distrifusion.mesh import AttentionAxes, RankGrid
+from distrifusion.mesh import AttentionAxes, RankGrid, StagePlace
 from distrifusion.nested import map_tensors
-from distrifusion.partition import Interval, token_intervals
+from distrifusion.partition import Interval, split_evenly, token_intervals
 from distrifusion.plan import Plan, SiteKind
 from distrifusion.strategies.attach import Attachment
-from distrifusion.strategies.attention import TokenStep
+from distrifusion.strategies.attention import Piece, TokenStep
 from distrifusion.strategies.token_patch import GatheredAttention
 from distrifusion.strategies.tokens import TokenStrategy, TooFewTokens
 
@@ -50,16 +52,28 @@ def pool_bytes_of_call(model: nn.Module, plan: Plan, *args: Any, **kwargs: Any) 
     anatomy = anatomy_of(model)
     if not isinstance(anatomy, TokenAnatomy):
         raise UnsupportedModel(f"{type(model).__name__} has rows and columns; ask pool_bytes of memory.prediction")
-    shapes = TokenShapes(model, anatomy)
-    return TokenQuestion(shapes, anatomy.bind(type(model).forward.__get__(model), args, kwargs)).by_rank(plan)
+    question = StageQuestion if plan.stages > 1 else TokenQuestion
+    call = anatomy.bind(type(model).forward.__get__(model), args, kwargs)
+    return question(TokenShapes(model, anatomy), call).by_rank(plan)
 
 
 @dataclass(frozen=True)
 class _Part:
-    """Keys, and as many values, of one place at one use of a layer."""
+    """Keys, and as many values, of one place at one use of a layer.
 
+    Attributes:
+        name: of the layer.
+        shape: L tokens, B batch, 2 pieces, channels of all heads.
+        num_heads: that share the channels.
+        itemsize: bytes of a value.
+        bias: values that are added to the scores of one key; 0 without a mask.
+    """
+
+    name: str
     shape: tuple[int, int, int, int]
+    num_heads: int
     itemsize: int
+    bias: int
 
 
 class TokenShapes:
@@ -68,11 +82,18 @@ class TokenShapes:
     Args:
         model: the transformer.
         anatomy: its family's.
+        kind: of question that is made of a call; None: `TokenQuestion`.
     """
 
-    def __init__(self, model: nn.Module, anatomy: TokenAnatomy) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        anatomy: TokenAnatomy,
+        kind: Callable[[TokenShapes, TokenCall], TokenQuestion] | None = None,
+    ) -> None:
         self._model = model
         self._anatomy = anatomy
+        self._kind = kind or TokenQuestion
         self._empty: tuple[nn.Module, _Listener] | None = None
         self._asked: dict[str, TokenQuestion | None] = {}
 
@@ -87,7 +108,7 @@ class TokenShapes:
         return self._asked[alike]
 
     def _ask(self, call: TokenCall, plan: Plan) -> TokenQuestion | None:
-        question = TokenQuestion(self, call)
+        question = self._kind(self, call)
         try:
             question.by_rank(plan)
         except UnsupportedModel as error:
@@ -95,7 +116,14 @@ class TokenShapes:
             return None
         return question
 
-    def run(self, call: TokenCall, team: int, index: int) -> tuple[list[_Part], list[int]]:
+    def stages(self, num_stages: int) -> list[tuple[str, ...]]:
+        """How the names of the layers of every stage begin."""
+        blocks = blocks_of(self._model, self._anatomy.blocks)
+        attentions = [site for site in self._anatomy.sites(self._model) if isinstance(site, TokenAttentionSite)]
+        parts = alike_parts(blocks, attentions, num_stages)
+        return [tuple(f"{block.name}." for block in blocks[part.start : part.stop]) for part in parts]
+
+    def run(self, call: TokenCall, team: int, index: int, piece: Piece | None = None) -> tuple[list[_Part], list[int]]:
         """What one place has in a call without values, and the lengths of all streams that were cut.
 
         Raises:
@@ -108,7 +136,7 @@ class TokenShapes:
             self._empty = model, listener
         model, listener = self._empty
         listener.parts.clear()
-        step = TokenStep(tuple(range(team)), index, AttentionAxes.of(Plan(patch=team), team, index))
+        step = TokenStep(tuple(range(team)), index, AttentionAxes.of(Plan(patch=team), team, index), piece=piece)
         try:
             with torch.no_grad():
                 listener.run(step, model.forward, call, self._anatomy.own_cuts)
@@ -165,6 +193,37 @@ class TokenQuestion:
             yield found[lengths]
 
 
+class StageQuestion(TokenQuestion):
+    """What a call keeps whose pieces flow through stages: each rank the keys and values of its own blocks."""
+
+    def __init__(self, shapes: TokenShapes, call: TokenCall) -> None:
+        super().__init__(shapes, call)
+        self._wholes: dict[int, tuple[list[_Part], list[int]]] = {}
+
+    def by_rank(self, plan: Plan) -> list[int]:
+        """Bytes that every rank of a plan would keep."""
+        return [self._kept_by(plan, rank) if plan.late else 0 for rank in range(plan.num_ranks)]
+
+    def _kept_by(self, plan: Plan, rank: int) -> int:
+        layout = RankGrid(plan, rank).layout(self._call.sample.shape[0])
+        place = StagePlace.of(plan, layout)
+        num_rows = len(layout.rows)
+        if num_rows not in self._wholes:
+            self._wholes[num_rows] = self._shapes.run(self._call.take_rows(layout.rows), 1, 0, Piece())
+        parts, streams = self._wholes[num_rows]
+        own = self._shapes.stages(plan.stages)[place.stage]
+        # Where a stream has fewer tokens than a stage has ranks, each of them has all heads.
+        size, index = (len(place.group), place.index) if min(streams) >= len(place.group) else (1, 0)
+        return sum(_piece_bytes(part, plan, size, index) for part in parts if part.name.startswith(own))
+
+
+def _piece_bytes(part: _Part, plan: Plan, size: int, index: int) -> int:
+    """Bytes of the keys and values of all tokens at one layer whose heads a group divides, and of their bias."""
+    heads = len(split_evenly(part.num_heads, size)[index])
+    pairs = prod(part.shape) // part.num_heads * heads * (2 if plan.forecast else 1)
+    return part.itemsize * (pairs + (part.bias * part.shape[0] if heads else 0))
+
+
 class _Listener(TokenStrategy):
     """Cuts streams as ever, and notes what attention is asked instead of exchanging anything."""
 
@@ -174,10 +233,20 @@ class _Listener(TokenStrategy):
         self.parts: list[_Part] = []
         self._whole: dict[str, int] = {}
 
-    def answer(self, site: Site, query: torch.Tensor, key: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def answer(
+        self,
+        site: Site,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
         """Note the keys [B, N, L, D]; anything of the shape of the queries is an answer."""
         batch, num_heads, length, channels = key.shape
-        self.parts.append(_Part((length, batch, 2, num_heads * channels), key.dtype.itemsize))
+        shape = (length, batch, 2, num_heads * channels)
+        bias = 0 if attn_mask is None else attn_mask.shape[0] * attn_mask.shape[1]
+        self.parts.append(_Part(site.name, shape, num_heads, key.dtype.itemsize, bias))
         return torch.empty_like(query)
 
     def join(self, site: JoinSite, own: torch.Tensor) -> torch.Tensor:

@@ -135,10 +135,17 @@ def _check_knobs(plan: Plan) -> None:
     if plan.delta is not None and (plan.naive or plan.frozen):
         raise PlanError(f"'delta{plan.delta}' codes what bands send, and '{text.policy(plan)}' sends nothing; drop one")
     ages = SiteKind.KV in plan.stale and not plan.frozen
-    late = plan.late and plan.components > 1
-    if plan.forecast and not ages and not late:
+    if plan.forecast and not ages and not plan.late:
         raise PlanError(
-            f"'forecast{plan.forecast}' carries on stale values; it needs 'displaced' with 'kv', or 'async<N>'"
+            f"'forecast{plan.forecast}' carries on stale values; it needs 'displaced' with 'kv', 'async<N>' or "
+            "'pipe<N>', without 'sync'"
+        )
+    if plan.forecast and plan.pieces == 1:
+        raise PlanError(f"'forecast{plan.forecast}' carries on keys of other pieces, and m1 has none; use m2 or more")
+    if plan.resync is not None and plan.stages > 1:
+        raise PlanError(
+            f"'resync{plan.resync}' has all ranks agree after a call, and stages begin the next one before; say with "
+            "w<N> how many calls are whole"
         )
     if plan.resync is not None and not ages:
         raise PlanError(f"'resync{plan.resync}' watches stale keys and values; it needs 'displaced' with 'kv'")

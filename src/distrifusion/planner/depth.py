@@ -85,7 +85,8 @@ def _pipeline(plan: Plan, whole: Undivided) -> Rehearsed:
     pieces = [Post({1: passed // num_pieces}, {plan.stages - 1: passed // num_pieces}) for _ in range(num_pieces)]
     # The warm-up sends the whole picture through the stages one after the other.
     first = CallWork(whole.operations, posts=[Post({1: passed}, {}, waited=True) for _ in range(plan.stages)])
-    steady = CallWork(whole.operations.part(share, num_pieces * share), posts=pieces, kept=round(whole.kv * share))
+    kept = round(whole.kv * share) * (2 if plan.forecast else 1)
+    steady = CallWork(whole.operations.part(share, num_pieces * share), posts=pieces, kept=kept)
     return Rehearsed(0, first, steady)
 
 

@@ -54,6 +54,8 @@ class PieceAttention:
         elif kept is not None:
             if kept.streams:
                 kept.arrange(order_of(kept.streams, step.piece).to(key.device))
+            if step.piece.index == 0:
+                kept.advance(self._exchange.forecast)
             key, value, bias = kept.renew(step.piece.index, step.piece.num, key, value, bias)
         return attend(call.query, key, value, bias, call.scale)
 

@@ -52,6 +52,23 @@ class Tableau:
         """N."""
         return len(self.a)
 
+    def since(self, first: int) -> Tableau:
+        """The steps from one on, as a run that begins there takes them: its first step has no D before."""
+        b, b_previous = self.b[first:].clone(), self.b_previous[first:].clone()
+        b[:1] += b_previous[:1]
+        b_previous[:1] = 0
+        per_step = (self.c, self.skip, self.out, self.input_scale)
+        states = (self.alpha[first:], self.sigma[first:])
+        return Tableau(
+            self.a[first:],
+            b,
+            b_previous,
+            *(numbers[first:] for numbers in per_step),
+            *states,
+            self.draws[first:],
+            self.timesteps[first:],
+        )
+
     @cached_property
     def scale(self) -> torch.Tensor:
         """The size of a state whose picture has size one: [N + 1]."""

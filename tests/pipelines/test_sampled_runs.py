@@ -71,7 +71,13 @@ def test_the_plain_sampler_is_the_pipelines_own_loop(name: str, scheduler: str) 
     assert torch.equal(drawing(pipe), expected), "nothing is left behind"
 
 
-@pytest.mark.parametrize("name", ["sdxl", "sd"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("sdxl", marks=pytest.mark.supports("sampler", "StableDiffusionXLPipeline")),
+        pytest.param("sd", marks=pytest.mark.supports("sampler", "StableDiffusionPipeline")),
+    ],
+)
 @pytest.mark.parametrize("scheduler", WINDOWED)
 def test_windows_of_steps_give_the_same_latents(name: str, scheduler: str) -> None:
     pipe = unet_pipeline(name, scheduler)
@@ -82,7 +88,9 @@ def test_windows_of_steps_give_the_same_latents(name: str, scheduler: str) -> No
         assert relative_error(drawing(OneDevice(pipe), tolerance=1e-6, **knobs, **more), expected) <= EXACT
 
 
-@pytest.mark.parametrize("name", TRANSFORMERS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.supports("sampler", name)) for name in TRANSFORMERS]
+)
 def test_transformers_give_the_same_latents(name: str) -> None:
     case = PIPELINES[name]
     pipe = case.make()

@@ -289,7 +289,7 @@ def merged(kind: str, rows: list[Row]) -> list[Row]:
 
     new = {part(row) for row in rows}
     kept = [row for row in load(kind)["rows"] if part(row) not in new]
-    return sorted([*kept, *rows], key=lambda row: json.dumps([str(value).rjust(30) for value in part(row)]))
+    return sorted([*kept, *rows], key=lambda row: [f"{v:09}" if isinstance(v, int) else str(v) for v in part(row)])
 
 
 if __name__ == "__main__":

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import cached_property
+from typing import Any
 
 import torch
 
@@ -57,17 +58,9 @@ class Tableau:
         b, b_previous = self.b[first:].clone(), self.b_previous[first:].clone()
         b[:1] += b_previous[:1]
         b_previous[:1] = 0
-        per_step = (self.c, self.skip, self.out, self.input_scale)
-        states = (self.alpha[first:], self.sigma[first:])
-        return Tableau(
-            self.a[first:],
-            b,
-            b_previous,
-            *(numbers[first:] for numbers in per_step),
-            *states,
-            self.draws[first:],
-            self.timesteps[first:],
-        )
+        others = ("a", "c", "skip", "out", "input_scale", "alpha", "sigma", "draws", "timesteps")
+        cut: dict[str, Any] = {name: getattr(self, name)[first:] for name in others}
+        return replace(self, b=b, b_previous=b_previous, **cut)
 
     @cached_property
     def scale(self) -> torch.Tensor:

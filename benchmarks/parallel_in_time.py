@@ -4,6 +4,7 @@
     python benchmarks/parallel_in_time.py demo --steps 100 --seed 0    # the embedded model at 256 px; adds to its rows
     python benchmarks/parallel_in_time.py displaced --bands 4 --seed 0    # bands with old values in a window; adds, too
     python benchmarks/parallel_in_time.py clock    # the embedded model on two ranks beside one
+    python benchmarks/parallel_in_time.py clock --bands 2    # on bands with old values; adds, too
     python benchmarks/parallel_in_time.py plot     # distance against calls, from the rows of the first two
 
 A kind writes its rows to benchmarks/results/parallel_NAME.json and prints its tables. Distances are relative (L2)
@@ -90,14 +91,14 @@ def _digit_case(
     return rows
 
 
-def demo_rows(num_steps: int, seed: int, windows: tuple[int, ...]) -> list[Row]:
+def demo_rows(num_steps: int, seed: int, windows: tuple[int, ...], methods: tuple[Method, ...]) -> list[Row]:
     """The embedded model at 256x256 with guidance 5, DDIM; every call's estimate against the sequential sampler."""
     pipe, prompt = _demo_pipeline(), _PROMPTS[seed]
     reference = _draw(pipe, prompt, seed, num_steps)
     picture = _decode(pipe, reference)
     rows = []
     for window in windows:
-        for method in Method if window <= num_steps else ():
+        for method in methods if window <= num_steps else ():
             row = _demo_case(pipe, prompt, seed, num_steps, window, method, reference, picture)
             rows.append(row)
             write("demo", rows)  # every case takes a while
@@ -105,7 +106,7 @@ def demo_rows(num_steps: int, seed: int, windows: tuple[int, ...]) -> list[Row]:
 
 
 def displaced_rows(num_steps: int, seed: int, bands: int) -> list[Row]:
-    """Displaced bands inside a window of all steps, beside displaced stepping, on virtual ranks; as for the demo."""
+    """Displaced bands inside windows of ten and of all steps, beside displaced stepping, on virtual ranks."""
     from fidelity import on_virtual_rank
 
     from distrifusion import Plan
@@ -117,7 +118,8 @@ def displaced_rows(num_steps: int, seed: int, bands: int) -> list[Row]:
     reference = _draw(pipe, prompt, seed, num_steps)
     picture = _decode(pipe, reference)
     rows = []
-    ways = (("displaced.w4", {}), ("displaced.w0", {"sampler": "picard", "tolerance": 1e-4}))
+    solving = {"sampler": "picard", "tolerance": 1e-4}
+    ways = (("displaced.w4", {}), ("displaced.w0", {**solving, "window": 10}), ("displaced.w0", solving))
     for policy, words in ways:
         plan = Plan.parse(f"patch{bands}.{policy}")
 
@@ -202,11 +204,23 @@ def _demo_case(
     return {**row, **counted, "distances": distances, "psnr": decibels}
 
 
-def clock_rows(repetitions: int) -> list[Row]:
-    """Seconds of the loop on two ranks of one thread, of each way beside the sequential one on one rank."""
-    ways = [("patch1", 1, {}), ("cfg2", 2, {})]
-    ways += [("cfg2", 2, {"sampler": "picard", "window": window}) for window in (10, 50)]
-    ways += [("dp2", 2, {"sampler": "picard", "window": 10}), ("patch1", 1, {"sampler": "picard", "window": 50})]
+def clock_rows(repetitions: int, bands: int | None) -> list[Row]:
+    """Seconds of the loop on ranks of one thread.
+
+    Args:
+        bands: ranks that have a band with old values each; None: two ranks, exact, and one step by step.
+    """
+
+    def picard(window: int, **more: Any) -> Row:
+        return {"sampler": "picard", "window": window, **more}
+
+    ways: list[tuple[str, int, Row]]
+    if bands is None:
+        ways = [("patch1", 1, {}), *(("cfg2", 2, words) for words in ({}, picard(10), picard(50)))]
+        ways += [("dp2", 2, picard(10)), ("patch1", 1, picard(50))]
+    else:
+        ways = [(f"patch{bands}.displaced.w4", bands, {})]
+        ways += [(f"patch{bands}.displaced.w0", bands, picard(window, tolerance=1e-4)) for window in (10, 50)]
     rows = []
     for plan, devices, words in ways:
         with distrifusion.load("demo", ["cpu"] * devices, plan, threads=1) as pipe:
@@ -225,7 +239,11 @@ def clock_rows(repetitions: int) -> list[Row]:
 
 
 # What tells the rows of one invocation from those of another, which are kept.
-_PARTS = {"demo": ("steps", "window", "seed"), "displaced": ("plan", "sampler", "steps", "seed")}
+_PARTS = {
+    "demo": ("steps", "window", "method", "seed"),
+    "displaced": ("plan", "sampler", "window", "steps", "seed"),
+    "clock": ("plan", "sampler", "window"),
+}
 
 
 def main() -> None:
@@ -234,7 +252,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=50, help="of demo and displaced")
     parser.add_argument("--seed", type=int, default=0, choices=range(len(_PROMPTS)), help="and prompt, of both")
     parser.add_argument("--windows", default="10,20,50,100", help="of the demo")
-    parser.add_argument("--bands", type=int, default=2, help="of displaced")
+    parser.add_argument("--methods", default=",".join(Method), help="of the demo")
+    parser.add_argument("--bands", type=int, help="of displaced (2 if not said) and clock")
     parser.add_argument("--repetitions", type=int, default=3, help="of the clock")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -242,11 +261,12 @@ def main() -> None:
         plot()
         return
     windows = tuple(int(window) for window in options.windows.split(","))
+    methods = tuple(Method(method) for method in options.methods.split(","))
     rows = {
         "digits": digit_rows,
-        "demo": lambda: demo_rows(options.steps, options.seed, windows),
-        "displaced": lambda: displaced_rows(options.steps, options.seed, options.bands),
-        "clock": lambda: clock_rows(options.repetitions),
+        "demo": lambda: demo_rows(options.steps, options.seed, windows, methods),
+        "displaced": lambda: displaced_rows(options.steps, options.seed, options.bands or 2),
+        "clock": lambda: clock_rows(options.repetitions, options.bands),
     }[options.kind]()
     report(write(options.kind, rows))
 
@@ -269,7 +289,7 @@ def merged(kind: str, rows: list[Row]) -> list[Row]:
 
     new = {part(row) for row in rows}
     kept = [row for row in load(kind)["rows"] if part(row) not in new]
-    return sorted([*kept, *rows], key=lambda row: json.dumps([str(value).rjust(30) for value in part(row)]))
+    return sorted([*kept, *rows], key=lambda row: [f"{v:09}" if isinstance(v, int) else str(v) for v in part(row)])
 
 
 if __name__ == "__main__":

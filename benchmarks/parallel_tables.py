@@ -79,17 +79,22 @@ def report_clock(rows: list[Row]) -> None:
         own = [row for row in rows if (row["plan"], row.get("sampler"), row.get("window")) == key]
         seconds = [row["seconds"] for row in own]
         middle = statistics.median(seconds)
-        sampler = "step by step" if key[1] is None else f"{key[1]}, window {key[2]}"
+        sampler = _way(own[0])
         span = f"{min(seconds):.1f} to {max(seconds):.1f}"
         print(f"| `{key[0]}` | {sampler} | {own[0]['calls']} | {middle:.1f} ({span}) | {alone / middle:.2f}x |")
+
+
+def _way(row: Row) -> str:
+    """How the steps of a row were taken, in words."""
+    return f"{row['sampler']}, window {row.get('window') or 'all'}" if "sampler" in row else "step by step"
 
 
 def report_displaced(rows: list[Row]) -> None:
     """Nearness, calls and memory of displaced bands, stepping and in a window."""
     print("| plan | sampler | calls | PSNR | distance | MB kept per rank |")
     print("|---|---|---|---|---|---|")
-    for key in dict.fromkeys((row["plan"], row.get("sampler", "step by step")) for row in rows):
-        own = [row for row in rows if (row["plan"], row.get("sampler", "step by step")) == key]
+    for key in dict.fromkeys((row["plan"], _way(row)) for row in rows):
+        own = [row for row in rows if (row["plan"], _way(row)) == key]
         calls, decibels, kept = (
             statistics.median(row[name] for row in own) for name in ("calls", "psnr", "bytes_kept")
         )
@@ -104,31 +109,39 @@ def plot() -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, panels = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True, layout="constrained")
-    colours = dict(zip(Split, ("tab:green", "tab:blue", "tab:orange"), strict=True))
-    for row in load("digits")["rows"]:
-        if (row["scheduler"], row["steps"], row["window"], row["seed"]) == ("ddim", 100, None, 0):
-            line = "-" if row["method"] == Method.TAA else ":"
-            name = f"{row['split']}, {row['method']}"
-            panels[0].semilogy(
-                range(1, row["calls"] + 1), row["distances"], line, color=colours[row["split"]], label=name
-            )
-    panels[0].set_title("digits network, DDIM-100, whole trajectory")
-    demo = load("demo")["rows"]
+    figure, panels = plt.subplots(1, 2, figsize=(11, 4.4), sharey=True, layout="constrained")
+    digits = [
+        row for row in load("digits")["rows"] if (row["scheduler"], row["steps"], row["seed"]) == ("ddim", 100, 0)
+    ]
+    demo = [row for row in load("demo")["rows"] if row["seed"] == 0]
     most = max(row["steps"] for row in demo)
-    for row in demo:
-        if (row["steps"], row["seed"]) == (most, 0):
-            line = "-" if row["method"] == Method.TAA else ":"
-            colour = {10: "tab:red", 20: "tab:purple", 50: "tab:brown", 100: "tab:orange"}[row["window"]]
-            name = f"window {row['window']}, {row['method']}"
-            panels[1].semilogy(range(1, row["calls"] + 1), row["distances"], line, color=colour, label=name)
-    panels[1].set_title(f"embedded model, 256 px, DDIM-{most}, data split")
-    for panel in panels:
-        panel.axhline(_NEAR, color="0.7", linewidth=0.8)
-        panel.set_xlabel("denoiser calls")
-        panel.legend(fontsize=7)
+    _lines(panels[0], [row for row in digits if row["window"] is None], "split", list(Split), "{} split")
+    _lines(panels[1], [row for row in demo if row["steps"] == most], "window", [10, 20, 50, 100], "window {}")
+    panels[0].set_title("digits network, DDIM-100, all steps at once", fontsize=11)
+    panels[1].set_title(f"embedded model at 256x256, DDIM-{most}, data split", fontsize=11)
     panels[0].set_ylabel("distance to the sequential sample")
-    figure.savefig(_PLOT, pil_kwargs={"quality": 80})
+    figure.savefig(_PLOT, dpi=110, pil_kwargs={"quality": 85})
+
+
+def _lines(axes: Any, rows: list[Row], name: str, values: list[Any], label: str) -> None:
+    """A colour for each value; Picard's iteration is dotted, Anderson acceleration is not."""
+    from matplotlib.lines import Line2D
+    from matplotlib.ticker import MaxNLocator
+
+    colours = dict(zip(values, ("#4878a8", "#e0a040", "#b04040", "#4f8f5f"), strict=False))
+    styles = {Method.PICARD: ":", Method.TAA: "-"}
+    for row in rows:
+        calls = range(1, row["calls"] + 1)
+        axes.semilogy(calls, row["distances"], styles[row["method"]], color=colours[row[name]], linewidth=1.6)
+        axes.plot(calls[-1], row["distances"][-1], "o", color=colours[row[name]], markersize=3.5)
+    axes.axhline(_NEAR, color="0.75", linewidth=0.8, zorder=0)
+    axes.set_xlabel("denoiser calls (100 step by step)" if rows[0]["steps"] == 100 else "denoiser calls")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.spines[["top", "right"]].set_visible(False)
+    there = [value for value in values if any(row[name] == value for row in rows)]
+    entries = [Line2D([], [], color=colours[value], linewidth=2, label=label.format(value)) for value in there]
+    entries += [Line2D([], [], color="0.3", linestyle=styles[method], label=method) for method in Method]
+    axes.legend(handles=entries, fontsize=8.5, frameon=False, loc="upper right")
 
 
 def load(name: str) -> Row:

@@ -12,6 +12,7 @@ AREAS = {
     "transformer": "Diffusion transformers",
     "adapter": "Adapters",
     "feature": "Features of diffusers",
+    "sampler": "Pipelines that solve many steps together",
     "scheduler": "Schedulers",
     "plan": "Plans",
     "dtype": "Types of numbers",

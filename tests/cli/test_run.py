@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -59,6 +60,29 @@ def test_a_sampler_says_how_many_calls_it_took(folder: Path, tmp_path: Path) -> 
     ):
         done = run(*words, *more, "-o", tmp_path / "b.png")
         assert done.exit_code == 2 and says in done.stderr and not (tmp_path / "b.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("config", "more", "says"),
+    [
+        ({"_class_name": "PNDMScheduler"}, (), "PNDMScheduler is not known as a map"),
+        ({"_class_name": "DDIMScheduler"}, (), "clip_sample=True cannot be solved in parallel"),
+        ({"_class_name": "PNDMScheduler"}, ("--scheduler", "euler", "--window", "21"), "window=21 is more than the 20"),
+        ({"_class_name": "EulerDiscreteScheduler"}, ("--strength", "0.5", "--window", "11"), "more than the 10 steps"),
+    ],
+)
+def test_what_cannot_serve_a_sampler_is_refused_before_weights_are_read(
+    folder: Path, tmp_path: Path, config: dict[str, str], more: tuple[str, ...], says: str
+) -> None:
+    for name in ("model_index.json", "vae/config.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(folder / name, tmp_path / name)
+    (tmp_path / "scheduler").mkdir()
+    (tmp_path / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    image = ("--image", tmp_path / "a.png") if "--strength" in more else ()
+    done = run("run", tmp_path, "-p", "a", "-d", "cpu", "--steps", "20", "--sampler", "picard", *image, *more)
+    assert done.exit_code == 2 and says in done.stderr
 
 
 def test_the_answer_as_json(folder: Path, tmp_path: Path) -> None:

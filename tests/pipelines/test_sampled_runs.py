@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import cache, partial
 from typing import Any
 
@@ -10,10 +11,10 @@ import diffusers
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from one_device import OneDevice
 from ranks import EXACT, Ranks, own_copy
 from transformer_families import PIPELINES
 
-from distrifusion.engine.run import sampled
 from distrifusion.errors import ConfigError, PlanError, PoolTooLarge
 from distrifusion.memory import check as memory_check
 from distrifusion.memory.prediction import pool_bytes
@@ -22,20 +23,30 @@ from models import relative_error
 
 LOOPS = ("ddim", "euler", "euler_ancestral", "dpmpp_2m", "dpmpp_2m_sde", "heun", "unipc")
 WINDOWED = ("ddim", "euler", "euler_ancestral", "dpmpp_2m")
-TRANSFORMERS = ("StableDiffusion3Pipeline", "FluxPipeline, dev", "FluxPipeline, true guidance", "PixArtAlphaPipeline")
+NO_MAPS = ("heun", "pndm", "lcm", "unipc")
+TRANSFORMERS = (
+    "StableDiffusion3Pipeline",
+    "FluxPipeline, dev",
+    "FluxPipeline, true guidance",
+    "PixArtAlphaPipeline",
+    "PixArtSigmaPipeline",
+)
 SMALL = {"height": 72, "width": 56, "num_inference_steps": 6, "prompt": ["a calm lake", "a wild sea"]}
 Draw = Callable[..., torch.Tensor]
 
 
-class OneDevice:
-    """A pipeline that is not divided, called with a sampler as a loaded one is."""
+class Bar(AbstractContextManager["Bar"]):
+    """A progress bar that only counts."""
 
-    def __init__(self, pipe: DiffusionPipeline) -> None:
-        self.pipe = pipe
+    def __init__(self, total: int) -> None:
+        self.total = total
+        self.count = 0
 
-    def __call__(self, **arguments: Any) -> Any:
-        with sampled(self.pipe, (), arguments) as own:
-            return self.pipe(**own)
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def update(self) -> None:
+        self.count += 1
 
 
 @cache
@@ -60,7 +71,13 @@ def test_the_plain_sampler_is_the_pipelines_own_loop(name: str, scheduler: str) 
     assert torch.equal(drawing(pipe), expected), "nothing is left behind"
 
 
-@pytest.mark.parametrize("name", ["sdxl", "sd"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("sdxl", marks=pytest.mark.supports("sampler", "StableDiffusionXLPipeline")),
+        pytest.param("sd", marks=pytest.mark.supports("sampler", "StableDiffusionPipeline")),
+    ],
+)
 @pytest.mark.parametrize("scheduler", WINDOWED)
 def test_windows_of_steps_give_the_same_latents(name: str, scheduler: str) -> None:
     pipe = unet_pipeline(name, scheduler)
@@ -71,24 +88,27 @@ def test_windows_of_steps_give_the_same_latents(name: str, scheduler: str) -> No
         assert relative_error(drawing(OneDevice(pipe), tolerance=1e-6, **knobs, **more), expected) <= EXACT
 
 
-@pytest.mark.parametrize("name", TRANSFORMERS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.supports("sampler", name)) for name in TRANSFORMERS]
+)
 def test_transformers_give_the_same_latents(name: str) -> None:
     case = PIPELINES[name]
     pipe = case.make()
     pipe.set_progress_bar_config(disable=True)
     expected = case(pipe, num_inference_steps=5)
-    for knobs in ({"sampler": "sequential"}, {"sampler": "taa", "tolerance": 1e-6}, {"sampler": "picard", "window": 2}):
+    ways = ({"sampler": "sequential"}, {"sampler": "taa", "tolerance": 0.0}, {"sampler": "picard", "window": 2})
+    for knobs in ways:
         assert relative_error(case(OneDevice(pipe), num_inference_steps=5, **knobs), expected) <= EXACT, knobs
 
 
-@pytest.mark.parametrize("plan", ["dp2", "cfg2.dp2", "patch3", "cfg2.patch2", "dp3"])
+@pytest.mark.parametrize("plan", ["dp2", "cfg2.dp2", "patch3", "cfg2.patch2", "dp3", "tp2", "async2.sync"])
 def test_rows_of_a_window_are_spread_over_the_ranks_of_a_plan(plan: str) -> None:
     pipe = unet_pipeline("sdxl", "ddim")
     draw = partial(drawing, prompt="a calm lake", sampler="taa", window=5, tolerance=1e-5)
     assert Ranks(pipe, plan).error(draw, draw(OneDevice(own_copy(pipe)))) <= EXACT
 
 
-@pytest.mark.parametrize("plan", ["ulysses2", "dp2.patch2"])
+@pytest.mark.parametrize("plan", ["ulysses2", "dp2.patch2", "pipe2.sync"])
 def test_rows_of_a_window_are_spread_over_the_ranks_of_a_transformers_plan(plan: str) -> None:
     case = PIPELINES["FluxPipeline, dev"]
     pipe = case.make()
@@ -104,6 +124,20 @@ def test_random_numbers_after_a_run_are_those_after_diffusers_own() -> None:
         drawing(OneDevice(pipe), generator=generator, **knobs)
         states.append(generator.get_state())
     assert torch.equal(states[0], states[1]) and torch.equal(states[0], states[2])
+
+
+def test_the_bar_counts_calls_and_ends_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = own_copy(unet_pipeline("sdxl", "ddim"))
+    bars: list[Bar] = []
+
+    def bar(total: int) -> Bar:
+        bars.append(Bar(total))
+        return bars[-1]
+
+    monkeypatch.setattr(pipe, "progress_bar", bar)
+    for knobs, counted in (({"max_calls": 4}, 4), ({"window": 1}, 6)):
+        drawing(OneDevice(pipe), sampler="picard", **knobs)
+        assert (bars[-1].total, bars[-1].count) == (6, counted)
 
 
 def test_callbacks_see_estimates_and_may_stop_a_run() -> None:
@@ -177,17 +211,21 @@ def test_bad_choices_are_errors_that_say_what_to_use(name: str) -> None:
         drawing(OneDevice(own_copy(unet_pipeline("sdxl", "ddim"))), **arguments)
 
 
-def test_what_cannot_be_solved_together_is_refused_by_name() -> None:
-    for scheduler in ("heun", "pndm", "lcm", "unipc"):
-        name = type(SCHEDULERS[scheduler]()).__name__
-        with pytest.raises(ConfigError, match=f"{name} is not known as a map"):
-            drawing(OneDevice(unet_pipeline("sdxl", scheduler)), sampler="picard")
-    repainting = diffusers.AutoPipelineForInpainting.from_pipe(unet_pipeline("sdxl", "ddim"))
-    with pytest.raises(ConfigError, match="StableDiffusionXLInpaintPipeline has no known loop"):
-        OneDevice(repainting)(prompt="a lake", sampler="taa")
+def test_what_cannot_be_solved_together_is_refused_by_name_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = own_copy(unet_pipeline("sdxl", "ddim"))
+    monkeypatch.setattr(pipe, "encode_prompt", lambda **arguments: pytest.fail("work before the refusal"))
+    unsuitable = {f"{type(SCHEDULERS[name]()).__name__} is not known as a map": SCHEDULERS[name] for name in NO_MAPS}
+    unsuitable["clip_sample=True cannot be solved"] = diffusers.DDIMScheduler
+    for says, make in unsuitable.items():
+        pipe.scheduler = make()
+        with pytest.raises(ConfigError, match=says):
+            drawing(OneDevice(pipe), sampler="picard")
+    perturbed = diffusers.AutoPipelineForText2Image.from_pipe(unet_pipeline("sdxl", "ddim"), enable_pag=True)
+    with pytest.raises(ConfigError, match="StableDiffusionXLPAGPipeline has no known loop"):
+        OneDevice(perturbed)(prompt="a lake", sampler="taa")
 
 
-@pytest.mark.parametrize("plan", ["cfg2.patch2.displaced.w0", "patch3.delta2"])
+@pytest.mark.parametrize("plan", ["cfg2.patch2.displaced.w0", "patch3.delta2", "async2.w0"])
 def test_old_values_vanish_inside_a_window(plan: str) -> None:
     pipe = unet_pipeline("sdxl", "ddim")
     draw = partial(drawing, prompt="a calm lake", num_inference_steps=12)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from diffusers import HeunDiscreteScheduler, StableDiffusionXLPipeline
 
 from distrifusion import Cancelled, load
 from distrifusion.errors import ConfigError
+from distrifusion.runtime import call_checks
 from distrifusion.runtime.pipeline import LoadedPipeline
+from distrifusion.runtime.source import PipelineFacts
 from models import relative_error
 
 STEPS = 8
@@ -72,6 +76,30 @@ def test_a_kept_run_is_a_start_for_the_next(pipe: LoadedPipeline) -> None:
     again = draw(pipe, sampler="taa", tolerance=1e-5, variation_steps=STEPS)
     assert relative_error(again, first) <= 1e-5
     assert pipe.last_run is not None and len(pipe.last_run.steps) == 1
+
+
+def test_a_scheduler_that_cannot_serve_a_sampler_is_refused_by_name(pipe: LoadedPipeline) -> None:
+    before = pipe.scheduler
+    clipping = type(before).from_config(before.config, clip_sample=True)
+    for scheduler, says in (
+        (HeunDiscreteScheduler.from_config(before.config), "HeunDiscreteScheduler is not known as a map"),
+        (clipping, "clip_sample=True cannot be solved in parallel"),
+    ):
+        pipe.scheduler = scheduler
+        with pytest.raises(ConfigError, match=says):
+            draw(pipe, sampler="picard")
+    pipe.scheduler = before
+
+
+def test_few_steps_are_warned_of() -> None:
+    facts = PipelineFacts(StableDiffusionXLPipeline, 8)
+    with pytest.warns(UserWarning, match="few of 8 denoiser calls"):
+        call_checks.check(facts, {"num_inference_steps": 8, "sampler": "picard"})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        call_checks.check(facts, {"num_inference_steps": 50, "sampler": "picard"})
+        call_checks.check(facts, {"num_inference_steps": 8, "sampler": "sequential"})
+        call_checks.check(facts, {"num_inference_steps": 8})
 
 
 def test_bad_choices_are_errors_before_a_rank_begins(pipe: LoadedPipeline) -> None:

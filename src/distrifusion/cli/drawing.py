@@ -96,7 +96,6 @@ class Wish:
             arguments["output_type"] = "pil"  # which is not the default of every video pipeline
         if self.facts is not None:
             call_checks.check(self.facts, call_checks.bind(self.facts, (), arguments), self._wanted_plan())
-            self._check_scheduler(self.facts.cls, arguments)
         return arguments
 
     def _wanted_plan(self) -> Plan | None:
@@ -104,14 +103,27 @@ class Wish:
 
         return None if self.plan is None or self.automatic else Plan.parse(self.plan)
 
-    def _check_scheduler(self, cls: type, arguments: dict[str, Any]) -> None:
-        """Check that the typed scheduler can serve the typed sampler."""
-        import diffusers
+    def check_sampler(self, arguments: dict[str, Any]) -> None:
+        """Check that the scheduler, typed or the model's own, and the steps can serve the typed sampler.
 
+        Args:
+            arguments: of the pipeline's call.
+
+        Raises:
+            ConfigError, PlanError: if they cannot.
+        """
         from distrifusion.engine import words
 
-        name = self.scheduler_class()
-        words.check(cls, None, None if name is None else getattr(diffusers, name), arguments)
+        if self.facts is not None:
+            words.check(self.facts.cls, self._wanted_plan(), self._scheduler(self.facts), arguments)
+
+    def _scheduler(self, facts: PipelineFacts) -> Any:
+        """The scheduler of the call; None where it is not known before the pipeline is open."""
+        import diffusers
+
+        config = facts.scheduler
+        cls = getattr(diffusers, self.scheduler_class() or str(config.get("_class_name")), None)
+        return cls.from_config(config) if cls is not None and config else None
 
     def makes_video(self) -> bool:
         """Whether the pipeline gives frames. One whose class comes with its own code is taken to draw pictures."""

@@ -49,10 +49,14 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What one device drew beside it."""
+    """What one device drew beside it.
+
+    Attributes:
+        speedup_per_step: None where a denoiser call is not a step.
+    """
 
     alone: Drawn
-    speedup_per_step: float
+    speedup_per_step: float | None
     speedup: float
     psnr: float
     ssim: float
@@ -70,7 +74,7 @@ class Comparison:
         path = output.write_beside(videos.all_side_by_side(alone.frames, drawn.frames, "1 device", drawn.plan))
         return cls(
             alone,
-            alone.per_step / drawn.per_step,
+            alone.per_step / drawn.per_step if drawn.calls is None else None,
             alone.total / drawn.total,
             videos.psnr(drawn.frames, alone.frames),
             videos.ssim(drawn.frames, alone.frames),
@@ -78,9 +82,10 @@ class Comparison:
         )
 
     def __str__(self) -> str:
+        per_step = "" if self.speedup_per_step is None else f"{self.speedup_per_step:.2f}x per step, "
         return (
-            f"against {self.alone.devices} ({self.alone.per_step:.3g} s per step): {self.speedup_per_step:.2f}x per "
-            f"step, {self.speedup:.2f}x in all, PSNR {self.psnr:.1f} dB, SSIM {self.ssim:.4f}, "
+            f"against {self.alone.devices} ({self.alone.per_step:.3g} s per step): {per_step}"
+            f"{self.speedup:.2f}x in all, PSNR {self.psnr:.1f} dB, SSIM {self.ssim:.4f}, "
             f"side by side in {self.side_by_side}"
         )
 

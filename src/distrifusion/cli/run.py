@@ -222,8 +222,11 @@ class Order:
         Raises:
             ConfigError, OSError: if a value or a file cannot work.
         """
-        drawing = self.wish.arguments()
-        return self.edit.arguments(drawing, to_size=self.wish.size is not None) if self.edit else drawing
+        arguments = self.wish.arguments()
+        if self.edit:
+            arguments = self.edit.arguments(arguments, to_size=self.wish.size is not None)
+        self.wish.check_sampler(arguments)
+        return arguments
 
     def output(self, path: Path | None, fps: int | None) -> Output:
         """Where what is drawn goes.

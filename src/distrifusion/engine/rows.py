@@ -49,10 +49,24 @@ def with_rows(
     for name, value in given.items():
         if name not in facts.shared:
             given[name] = map_tensors(value, widen)
-    x, like = wanted.x.flatten(0, 1), args[0] if args else kwargs[facts.sample]
-    given[facts.sample] = x.to(like.dtype).repeat(branches, *(1,) * (x.dim() - 1))
+    x = wanted.x.flatten(0, 1)
+    rows = x.to(given[facts.sample].dtype).repeat(branches, *(1,) * (x.dim() - 1))
+    given[facts.sample] = _with_what_is_beside(rows, given[facts.sample])
     given["timestep"] = _timesteps(facts, given["timestep"], wanted.timesteps, pictures, branches)
     return bound
+
+
+def _with_what_is_beside(rows: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
+    """The sampler's rows with what the pipeline puts beside its latents, such as a mask and a masked picture.
+
+    Args:
+        rows: [R, ...].
+        given: the pipeline's, as many; one dimension is longer where something is beside.
+    """
+    for dim, length in enumerate(rows.shape):
+        if given.shape[dim] > length:
+            return torch.cat([rows, given.narrow(dim, length, given.shape[dim] - length)], dim)
+    return rows
 
 
 def _widen(branches: int, pictures: int, steps: int, value: torch.Tensor) -> torch.Tensor:

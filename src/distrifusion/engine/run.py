@@ -12,6 +12,7 @@ import torch
 
 from distrifusion.engine import words
 from distrifusion.engine.pipelines import LoopFacts, facts_of
+from distrifusion.engine.prepared import Prepared
 from distrifusion.engine.rounds import Rounds
 from distrifusion.engine.rows import with_rows
 from distrifusion.engine.words import SamplerWish
@@ -57,14 +58,15 @@ def sampled(
         return
     named = inspect.signature(type(pipe).__call__).bind_partial(pipe, *args, **rest).arguments
     asked = {name: value for name, value in kwargs.items() if name in words.WORDS}
-    words.check(type(pipe), plan, type(pipe.scheduler), {**named, **asked})
+    words.check(type(pipe), plan, pipe.scheduler, {**named, **asked})
     run = _Run(pipe, words.for_plan(wish, plan), facts_of(type(pipe)), named, agree)
     before = pipe.scheduler
     replaced = Attachment()
     try:
         pipe.scheduler = run.stand_in
-        replaced.replace(pipe, "prepare_latents", run.watch_latents)
-        replaced.replace(getattr(pipe, run.facts.denoiser), "forward", run.widen)
+        run.prepared.watch(pipe, replaced)
+        for name in run.facts.denoisers:
+            replaced.replace(getattr(pipe, name), "forward", run.widen)
         yield rest
     finally:
         replaced.detach()
@@ -76,37 +78,35 @@ class _Run:
 
     Attributes:
         stand_in: a copy of the scheduler, of the same class and configuration, that serves the sampler.
+        prepared: what the pipeline prepares before its loop.
     """
 
     def __init__(
         self, pipe: Any, wish: SamplerWish, facts: LoopFacts, arguments: Mapping[str, Any], agree: Agree
     ) -> None:
         self.facts = facts
+        self.prepared = Prepared(arguments)
         self._pipe = pipe
         self._wish = wish
         self._arguments = arguments
         self._agree = agree
         self._scheduler = copy.deepcopy(pipe.scheduler)
         self.stand_in = copy.deepcopy(pipe.scheduler)
-        methods = {"set_timesteps": self._set_timesteps, "step": self._step, "scale_model_input": self._leave}
+        methods = {
+            "set_timesteps": self._set_timesteps,
+            "set_begin_index": self._set_begin_index,
+            "scale_model_input": self._leave,
+            "step": self._step,
+            "add_noise": self._noised,
+            "scale_noise": self._noised,
+        }
         replaced = Attachment()
         for name, make in methods.items():
             if hasattr(self.stand_in, name):
                 replaced.replace(self.stand_in, name, make)
-        self._latents: torch.Tensor | None = None
+        self._shown: torch.Tensor | None = None
         self._sampler: Sampler | None = None
         self._wanted: Evaluations | None = None
-        self._ended = False
-
-    def watch_latents(self, prepare: Callable[..., Any]) -> Callable[..., Any]:
-        """Look at the noise that the pipeline begins with."""
-
-        def prepare_latents(*args: Any, **kwargs: Any) -> Any:
-            prepared = prepare(*args, **kwargs)
-            self._show(prepared[0] if isinstance(prepared, tuple) else prepared)
-            return prepared
-
-        return prepare_latents
 
     def widen(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         """Call the denoiser with the rows that the sampler wants."""
@@ -121,48 +121,72 @@ class _Run:
         def both(*args: Any, **kwargs: Any) -> None:
             set_timesteps(*args, **kwargs)
             self._scheduler.set_timesteps(*args, **kwargs)
-            self.stand_in.timesteps = Rounds(self._scheduler.timesteps, self._timestep)
+            self.stand_in.timesteps = Rounds(self._scheduler.timesteps, self._rounds)
 
         return both
+
+    def _set_begin_index(self, set_begin_index: Callable[..., Any]) -> Callable[..., Any]:
+        """Of the scheduler that steps; a copy made of it begins there."""
+        return lambda *args, **kwargs: self._scheduler.set_begin_index(*args, **kwargs)
 
     def _leave(self, scale: Callable[..., Any]) -> Callable[..., Any]:
         """The sampler scales what it wants evaluated; the pipeline's own latents are looked at by nobody."""
         return lambda sample, *args, **kwargs: sample
 
+    def _noised(self, noised: Callable[..., Any]) -> Callable[..., Any]:
+        """A picture with noise, to begin with; what the loop is to put back after a step the sampler has put back."""
+
+        def noised_or_shown(*args: Any, **kwargs: Any) -> Any:
+            if self._shown is not None:
+                return self._shown
+            return getattr(self._scheduler, noised.__name__)(*args, **kwargs)
+
+        return noised_or_shown
+
     def _step(self, step: Callable[..., Any]) -> Callable[..., Any]:
         def answer(model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            if sample is not self._latents or sample._version != self._version:
-                raise ConfigError(
-                    "a callback changed the latents, and with sampler= they are an estimate of the final sample that "
-                    "nothing is computed from; leave sampler= out, or do not change them"
-                )
+            self._check_unchanged(sample)
             self._send(model_output)
-            return (self._latents,)
+            return (self._shown,)
 
         return answer
 
-    def _show(self, latents: torch.Tensor) -> None:
-        self._latents, self._version = latents, latents._version
+    def _check_unchanged(self, sample: torch.Tensor) -> None:
+        """Check that the pipeline has the latents that it was shown, or a copy, as loops make that put back a part."""
+        shown = self._shown
+        assert shown is not None
+        same = sample is shown or torch.allclose(sample, shown, rtol=0, atol=0, equal_nan=True)
+        if not same or shown._version != self._version:
+            raise ConfigError(
+                "a callback changed the latents, and with sampler= they are an estimate of the final sample that "
+                "nothing is computed from; leave sampler= out, or do not change them"
+            )
 
-    def _timestep(self) -> torch.Tensor | None:
-        """What the loop's next round is told: the timestep of the first step that is not solved."""
-        return None if self._ended else self._wants().timesteps[0]
+    def _show(self, latents: torch.Tensor) -> None:
+        self._shown, self._version = latents, latents._version
+
+    def _rounds(self, first: int) -> Iterator[torch.Tensor]:
+        """What the loop's rounds are told: each the timestep of the first step that is not solved."""
+        latents = self.prepared.latents
+        assert latents is not None, "a supported pipeline prepares latents before its loop"
+        self._show(latents)
+        self._sampler = self._begin(latents, first)
+        self._wanted = next(self._sampler)
+        while self._wanted is not None:
+            yield self._wanted.timesteps[0]
 
     def _wants(self) -> Evaluations:
-        if self._sampler is None:
-            assert self._latents is not None, "a supported pipeline prepares latents before its loop"
-            self._sampler = self._begin(self._latents)
-            self._wanted = next(self._sampler)
-        assert self._wanted is not None and not self._ended
+        assert self._wanted is not None
         return self._wanted
 
-    def _begin(self, x: torch.Tensor) -> Sampler:
+    def _begin(self, x: torch.Tensor, first: int) -> Sampler:
         noise, eta = RunningNoise(self._arguments.get("generator")), float(self._arguments.get("eta") or 0.0)
+        known = self.prepared.known
         if self._wish.method is None:
             options = {"eta": eta} if "eta" in inspect.signature(self._scheduler.step).parameters else {}
-            return diffusers_loop(x, self._scheduler, noise, **options)
-        steps = tableau_of(self._scheduler, eta)
-        return solve(x, steps, noise, self._wish.knobs, self._start(steps.num_steps), self._agree)
+            return diffusers_loop(x, self._scheduler, noise, first, known, **options)
+        steps = tableau_of(self._scheduler, eta).since(first)
+        return solve(x, steps, noise, self._wish.knobs, self._start(steps.num_steps), self._agree, known)
 
     def _start(self, num_steps: int) -> Start | None:
         anew = self._wish.variation_steps
@@ -182,7 +206,7 @@ class _Run:
             self._wanted = self._sampler.send(model_output.view(wanted.x.shape))
             self._show(self._wanted.estimate)
         except StopIteration as stop:
-            self._ended = True
+            self._wanted = None
             self._show(stop.value.x)
             if self._wish.keep_trajectory:
                 setattr(self._pipe, _KEPT, stop.value.trajectory)

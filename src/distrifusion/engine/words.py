@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,6 +17,7 @@ from distrifusion.samplers.schedules import check_scheduler
 SEQUENTIAL = "sequential"
 _KNOBS = ("window", "order", "memory", "split", "tolerance", "noise_tolerance", "regularisation", "max_calls")
 _TRAJECTORY = ("keep_trajectory", "variation_steps")
+_FEW_STEPS = 15
 WORDS = ("sampler", *_KNOBS, *_TRAJECTORY)
 
 
@@ -49,13 +51,13 @@ def take(arguments: Mapping[str, Any]) -> tuple[SamplerWish | None, dict[str, An
     return _wish(given), rest
 
 
-def check(cls: type, plan: Plan | None, scheduler: type | None, arguments: Mapping[str, Any]) -> None:
+def check(cls: type, plan: Plan | None, scheduler: Any, arguments: Mapping[str, Any]) -> None:
     """Check what can be checked of a call's wish before it begins.
 
     Args:
         cls: the pipeline's class.
         plan: by which it is divided; None where that is not known yet.
-        scheduler: the class of its scheduler; None where that is not known yet.
+        scheduler: its own; None where that is not known yet.
         arguments: of the call, by name.
 
     Raises:
@@ -76,11 +78,28 @@ def check(cls: type, plan: Plan | None, scheduler: type | None, arguments: Mappi
             f"plan '{plan}' never exchanges what a window of steps would settle on; use "
             f"'{Plan(plan.dp, plan.cfg, plan.patch)}', or sampler='{SEQUENTIAL}'"
         )
-    steps = rest.get("num_inference_steps")
-    if isinstance(steps, int):
+    steps = pipelines.most_steps(cls, rest)
+    if steps is not None:
         wish.knobs.for_steps(steps)
         if wish.variation_steps is not None and wish.variation_steps > steps:
             raise ConfigError(f"variation_steps={wish.variation_steps} is more than the {steps} steps; use at most all")
+
+
+def warn_of_few_steps(cls: type, arguments: Mapping[str, Any]) -> None:
+    """Warn of a wish that solves few steps together: nearly as many calls would be left, each of many rows.
+
+    Args:
+        cls: the pipeline's class.
+        arguments: of its call, by name.
+    """
+    wish, rest = take(arguments)
+    steps = pipelines.most_steps(cls, rest)
+    if wish is not None and wish.method is not None and steps is not None and steps < _FEW_STEPS:
+        warnings.warn(
+            f"sampler='{wish.method}' saves few of {steps} denoiser calls, if any, and each has many rows; it is for "
+            "many steps (50 and more), so leave it out here",
+            stacklevel=2,
+        )
 
 
 def for_plan(wish: SamplerWish, plan: Plan | None) -> SamplerWish:

@@ -66,6 +66,7 @@ def check(facts: PipelineFacts, arguments: Mapping[str, Any], plan: Plan | None 
         if name in arguments and value is not None and (not _is_int(value) or value < 1):
             raise ConfigError(f"{name}={value!r} must be a whole number of at least 1")
     words.check(facts.cls, plan, None, arguments)
+    words.warn_of_few_steps(facts.cls, arguments)
     guidance = arguments.get("guidance_scale")
     if isinstance(guidance, float) and not math.isfinite(guidance):
         raise ConfigError(f"guidance_scale={guidance!r} must be a finite number")

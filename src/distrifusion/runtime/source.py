@@ -7,7 +7,7 @@ import inspect
 import json
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +38,12 @@ class PipelineFacts:
     Attributes:
         cls: its class.
         vae_factor: pixels per latent row, None if it has no such number.
+        scheduler: configuration of the one that it was saved with; empty where that is not known.
     """
 
     cls: type
     vae_factor: int | None
+    scheduler: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -140,8 +142,9 @@ def _from_folder(folder: Path, keywords: Mapping[str, Any]) -> Source:
     if not (folder / _INDEX).is_file():
         raise ConfigError(f"'{folder}' is not a pipeline folder: it has no {_INDEX}; {_what_is_in(folder)}")
     index = _read_json(folder / _INDEX)
-    vae = folder / "vae" / "config.json"
-    return _described(str(folder), keywords, index, _read_json(vae) if vae.is_file() else {})
+    files = (folder / "vae" / "config.json", folder / "scheduler" / "scheduler_config.json")
+    vae, scheduler = (_read_json(file) if file.is_file() else {} for file in files)
+    return _described(str(folder), keywords, index, vae, scheduler)
 
 
 def _from_hub(name: str, keywords: Mapping[str, Any]) -> Source:
@@ -151,17 +154,26 @@ def _from_hub(name: str, keywords: Mapping[str, Any]) -> Source:
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(f"'{name}' is neither a folder here nor a pipeline the hub gives: {reason}") from error
-    vae: Mapping[str, Any] = {}
-    if index.get("vae", (None, None))[0] is not None:
-        vae = diffusers.AutoencoderKL.load_config(name, subfolder="vae", **hub)
-    return _described(name, keywords, index, vae)
+
+    def config(component: str, reader: Any) -> Mapping[str, Any]:
+        has = index.get(component, (None, None))[0] is not None
+        return reader.load_config(name, subfolder=component, **hub) if has else {}
+
+    vae, scheduler = config("vae", diffusers.AutoencoderKL), config("scheduler", diffusers.DDIMScheduler)
+    return _described(name, keywords, index, vae, scheduler)
 
 
-def _described(origin: str, keywords: Mapping[str, Any], index: Mapping[str, Any], vae: Mapping[str, Any]) -> Source:
+def _described(
+    origin: str,
+    keywords: Mapping[str, Any],
+    index: Mapping[str, Any],
+    vae: Mapping[str, Any],
+    scheduler: Mapping[str, Any],
+) -> Source:
     cls = _pipeline_class(origin, index, keywords)
     check_keywords(cls, keywords)
     channels = vae.get("block_out_channels")
-    facts = PipelineFacts(cls, 2 ** (len(channels) - 1) if channels else None) if cls else None
+    facts = PipelineFacts(cls, 2 ** (len(channels) - 1) if channels else None, scheduler) if cls else None
     return Source(origin, {**_empty_places(cls, index), **keywords}, facts)
 
 

@@ -21,28 +21,24 @@ def tableau_of(scheduler: Any, eta: float = 0.0) -> Tableau:
     Raises:
         ConfigError: if its steps are no such maps; what can be used instead is named.
     """
-    check_scheduler(type(scheduler))
-    _check_config(scheduler)
+    check_scheduler(scheduler)
     return KNOWN[type(scheduler).__name__](scheduler, eta)
 
 
-def check_scheduler(cls: type) -> None:
-    """Check whether a scheduler class can be solved in parallel.
+def check_scheduler(scheduler: Any) -> None:
+    """Check whether the steps of a diffusers scheduler can be solved in parallel; its timesteps need not be set.
 
     Raises:
-        ConfigError: if it cannot; those that can are named.
+        ConfigError: if they cannot; schedulers or values that can are named.
     """
-    if cls.__name__ not in KNOWN:
+    name, config = type(scheduler).__name__, scheduler.config
+    if name not in KNOWN:
         raise ConfigError(
-            f"{cls.__name__} is not known as a map from one state to the next, which solving steps in parallel needs; "
+            f"{name} is not known as a map from one state to the next, which solving steps in parallel needs; "
             f"set pipe.scheduler to one of {', '.join(KNOWN)}, or use sampler='sequential'"
         )
-
-
-def _check_config(scheduler: Any) -> None:
-    """Refuse options that make a step something else than its table says."""
-    config = scheduler.config
-    refused: dict[str, tuple[Any, ...]] = {
+    # Under other values a step is something else than its table says.
+    allowed_values: dict[str, tuple[Any, ...]] = {
         "thresholding": (False,),
         "clip_sample": (False,),
         "stochastic_sampling": (False,),
@@ -53,13 +49,13 @@ def _check_config(scheduler: Any) -> None:
         "prediction_type": tuple(_PREDICTIONS),
         "use_flow_sigmas": (False,),
     }
-    for name, allowed in refused.items():
-        value = config.get(name, allowed[0])
+    for option, allowed in allowed_values.items():
+        value = config.get(option, allowed[0])
         # EulerDiscrete of old configs has no such key; None is diffusers' "not set".
         if value is not None and value not in allowed:
             raise ConfigError(
-                f"{type(scheduler).__name__} with {name}={value!r} cannot be solved in parallel; use "
-                f"from_config(pipe.scheduler.config, {name}={allowed[-1]!r}), or sampler='sequential'"
+                f"{name} with {option}={value!r} cannot be solved in parallel; use "
+                f"from_config(pipe.scheduler.config, {option}={allowed[-1]!r}), or sampler='sequential'"
             )
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import cached_property
+from typing import Any
 
 import torch
 
@@ -51,6 +52,15 @@ class Tableau:
     def num_steps(self) -> int:
         """N."""
         return len(self.a)
+
+    def since(self, first: int) -> Tableau:
+        """The steps from one on, as a run that begins there takes them: its first step has no D before."""
+        b, b_previous = self.b[first:].clone(), self.b_previous[first:].clone()
+        b[:1] += b_previous[:1]
+        b_previous[:1] = 0
+        others = ("a", "c", "skip", "out", "input_scale", "alpha", "sigma", "draws", "timesteps")
+        cut: dict[str, Any] = {name: getattr(self, name)[first:] for name in others}
+        return replace(self, b=b, b_previous=b_previous, **cut)
 
     @cached_property
     def scale(self) -> torch.Tensor:

@@ -16,6 +16,7 @@ from distrifusion.errors import ConfigError
 from distrifusion.samplers.anderson import Acceleration, Iterate
 from distrifusion.samplers.evaluations import Evaluations, Sample, Sampler
 from distrifusion.samplers.knobs import Knobs
+from distrifusion.samplers.known import Known
 from distrifusion.samplers.noise import StepNoise
 from distrifusion.samplers.tableau import Tableau
 from distrifusion.samplers.unrolled import combined, unrolled
@@ -44,6 +45,7 @@ def solve(
     knobs: Knobs | None = None,
     start: Start | None = None,
     agree: Agree = lambda solved: solved,
+    known: Known | None = None,
 ) -> Sampler:
     """Sample by solving windows of steps; it ends with what the sequential sampler gives, to the tolerance.
 
@@ -56,19 +58,22 @@ def solve(
         knobs: how.
         start: states to begin from.
         agree: makes ranks decide alike, whose numbers may differ in the last bit.
+        known: what every state after the first has of a known picture.
 
     Raises:
         ConfigError: if a knob or the start does not fit the steps.
     """
     knobs = (knobs or Knobs()).for_steps(steps.num_steps)
-    window = _Window(x, steps, knobs, start, agree)
+    window = _Window(x, steps, knobs, start, agree, known)
     return window.run(noise, x.dtype)
 
 
 class _Window:
     """The states of one run, and the window in them."""
 
-    def __init__(self, x: torch.Tensor, steps: Tableau, knobs: Knobs, start: Start | None, agree: Agree) -> None:
+    def __init__(
+        self, x: torch.Tensor, steps: Tableau, knobs: Knobs, start: Start | None, agree: Agree, known: Known | None
+    ) -> None:
         self._steps = steps
         self._knobs = knobs
         self._agree = agree
@@ -78,6 +83,10 @@ class _Window:
         self._exact = torch.promote_types(x.dtype, torch.float32)
         self._states = self._first_states(x.to(self._exact), start)
         self._done = start.num_kept if start else 0
+        self._known = None if known is None else known.to(self._states)
+        self._surroundings = None if self._known is None else self._known.states(steps)
+        ahead = slice(self._done + 1, None)
+        self._states[ahead] = self._with_known(ahead, self._states[ahead])
         self._data: torch.Tensor | None = None  # D of the step before the window
         self._hits = torch.zeros(steps.num_steps, len(x), dtype=torch.long)
 
@@ -162,7 +171,9 @@ class _Window:
         self._states[after] += residual if correction is None else residual - correction
         exact = 1 if self._knobs.hits == 1 else 0
         self._advance(inside, data, min(min(solved) + exact, len(states)))
-        return self._states[-1] if inside.stop == self._steps.num_steps else data[-1]
+        if inside.stop == self._steps.num_steps:
+            return self._states[-1]
+        return data[-1] if self._known is None else self._known.around(data[-1])
 
     def _predicted(self, inside: slice, outputs: torch.Tensor) -> torch.Tensor:
         """The data predictions D."""
@@ -176,7 +187,15 @@ class _Window:
         stepped = self._column(steps.a[inside]) * self._states[inside] + self._column(steps.b[inside]) * data
         if bool(steps.b_previous.any()):
             stepped = stepped + self._column(steps.b_previous[inside]) * before
-        return stepped + drawn[inside] if len(drawn) else stepped
+        if len(drawn):
+            stepped = stepped + drawn[inside]
+        return self._with_known(slice(inside.start + 1, inside.stop + 1), stepped)
+
+    def _with_known(self, rows: slice, states: torch.Tensor) -> torch.Tensor:
+        """States with what is known of the picture in them; their places in the trajectory are `rows`."""
+        if self._known is None or self._surroundings is None:
+            return states
+        return self._known.around(states, self._surroundings[rows])
 
     def _residuals(self, after: slice, stepped: torch.Tensor) -> torch.Tensor:
         """How far each state is from one step after the state before it, against its size: [W, B]."""
@@ -200,7 +219,7 @@ class _Window:
         entering = slice(inside.stop + 1, self._inside().stop + 1)
         if entering.start < entering.stop and inside.stop < self._steps.num_steps:
             last = self._states[inside.stop]
-            self._states[entering] = self._like(last, entering, inside.stop) * last
+            self._states[entering] = self._with_known(entering, self._like(last, entering, inside.stop) * last)
 
 
 def _drawn(noise: StepNoise, steps: Tableau, states: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -27,10 +27,11 @@ def num_bytes(idle: Iterable[nn.Module], model: nn.Module) -> int:
 def set_aside(modules: Iterable[nn.Module], layers: Attachment) -> None:
     """Move the weights of modules that no rank calls here from an accelerator to the host, until the layers detach.
 
-    On a CPU they stay where they are: ranks of one machine have them as shared pages, which cost nothing more.
+    On a CPU they stay where they are: ranks of one machine have them as shared pages, which cost nothing more. Those
+    without values (a rehearsal's) have nothing to move.
     """
     for tensor in weights_of(modules):
-        if tensor.device.type != "cpu":
+        if tensor.device.type not in ("cpu", "meta"):
             layers.undo(partial(_bring_back, tensor, tensor.device))
             tensor.data = tensor.data.cpu()
 

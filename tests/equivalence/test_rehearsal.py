@@ -12,7 +12,7 @@ from listening import traffic
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from distrifusion import Plan, PlanError
+from distrifusion import Plan
 from distrifusion.denoiser import ParallelDenoiser
 from distrifusion.memory.prediction import pool_bytes
 from distrifusion.nested import map_tensors
@@ -91,11 +91,17 @@ def test_every_rank_of_a_unet_sends_the_bytes_that_it_rehearsed(text: str) -> No
         assert to_peers == really
 
 
-@pytest.mark.parametrize("text", ["patch3", "patch2.displaced.w0", "ring3", "ulysses2.ring2"])
-def test_every_rank_of_a_transformer_sends_the_bytes_that_it_rehearsed(text: str) -> None:
+@pytest.mark.parametrize(
+    ("family", "text"),
+    [
+        *(("FLUX.1 dev", text) for text in ("patch3", "patch2.displaced.w0", "ring3", "ulysses2.ring2")),
+        *(("SD3", text) for text in ("patch2", "ulysses3", "patch3.displaced.w0")),
+    ],
+)
+def test_every_rank_of_a_transformer_sends_the_bytes_that_it_rehearsed(family: str, text: str) -> None:
     """35 tokens and 7 words divide among none of these: each rank hears what the others have."""
     plan = Plan.parse(text)
-    model, inputs = FAMILIES["FLUX.1 dev"].make(), FAMILIES["FLUX.1 dev"].inputs(2, 7, 5)
+    model, inputs = FAMILIES[family].make(), FAMILIES[family].inputs(2, *FAMILIES[family].size)
     first, later = traffic(model, plan, [inputs]), traffic(model, plan, [inputs, moved(inputs)])
     meta = share_weights(model).to("meta")
     for rank in range(plan.num_ranks):
@@ -104,7 +110,7 @@ def test_every_rank_of_a_transformer_sends_the_bytes_that_it_rehearsed(text: str
         assert rehearsed.steady.sent == Counter(later[rank].by_kind)
 
 
-IN_DEPTH = ["tp2", "tp3", "cfg2.tp2", "async2.sync", "async2.w0", "async3.forecast.w0", "async2.stride2.w0"]
+IN_DEPTH = ["tp3", "cfg2.tp2", "async2.sync", "async3.forecast.w0", "async2.stride2.w0"]
 
 
 def calls_of(model: torch.nn.Module, plan: Plan, inputs: dict[str, Any], num_calls: int) -> list[list[Counter[Any]]]:
@@ -132,8 +138,6 @@ def check_rehearsed(model: torch.nn.Module, text: str, inputs: dict[str, Any]) -
     for rank in range(plan.num_ranks):
         rehearsed = rehearse(meta, plan, on_meta(inputs), rank)
         calls = [rehearsed.fresh, *rehearsed.cycle]
-        if len(calls) > num_calls:  # nothing is said in a first call
-            calls = calls[-num_calls:]
         assert [call.operations.flops for call in calls] == computed[rank]
         for call, traffics in zip(calls, sent, strict=True):
             assert call.sent == Counter({kind: n for kind, n in traffics[rank].by_kind.items() if n})
@@ -150,9 +154,17 @@ def test_ranks_of_a_unet_with_weights_of_their_own_do_what_they_rehearsed(text: 
     check_rehearsed(unet, text, unet_inputs(unet, 2, 20, 16))
 
 
-@pytest.mark.parametrize("family", ["FLUX.1 dev", "SD3", "PixArt-Sigma"])
 @pytest.mark.parametrize(
-    "text", ["tp2", "async2.w0", "pipe2.sync", "pipe2.m2.w0", "pipe2.m4.w0", "cfg2.pipe2.m2.w0", "pipe2.ulysses2.m1.w0"]
+    ("family", "text"),
+    [
+        ("FLUX.1 dev", "tp2"),
+        ("FLUX.1 dev", "async2.w0"),
+        ("FLUX.1 dev", "pipe2.m4.w0"),
+        ("SD3", "pipe2.sync"),
+        ("SD3", "cfg2.pipe2.m2.w0"),
+        ("PixArt-Sigma", "tp3"),
+        ("FLUX.1 dev", "pipe2.ulysses2.m2.w0"),
+    ],
 )
 def test_ranks_of_a_transformer_with_weights_of_their_own_do_what_they_rehearsed(family: str, text: str) -> None:
     model = FAMILIES[family].make()
@@ -165,12 +177,6 @@ def test_the_busiest_stage_or_component_is_rehearsed() -> None:
         plan = Plan.parse(text)
         works = [rehearse(meta, plan, inputs, rank).work for rank in range(plan.num_ranks)]
         assert rehearse(meta, plan, inputs).work == max(works)
-
-
-def test_stages_whose_ranks_have_unlike_parts_are_refused_with_the_remedy() -> None:
-    meta, inputs = FAMILIES["FLUX.1 dev"].make().to("meta"), on_meta(FAMILIES["FLUX.1 dev"].inputs(2, 7, 5))
-    with pytest.raises(PlanError, match="cannot be rehearsed; choose a size"):
-        rehearse(meta, Plan.parse("pipe2.ulysses2.m2"), inputs)
 
 
 def test_what_is_displaced_is_not_waited_for_in_its_call() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Self
 
 import torch
@@ -16,7 +17,6 @@ from torch import nn
 from distrifusion.anatomy import anatomy_of
 from distrifusion.anatomy.tokens import TokenAnatomy
 from distrifusion.denoiser import ParallelDenoiser
-from distrifusion.errors import PlanError
 from distrifusion.exchange.transport import Message
 from distrifusion.mesh import RankGrid
 from distrifusion.partition import partition_levels
@@ -26,6 +26,7 @@ from distrifusion.planner.operations import Counting, Operations
 
 # Numbers that ranks tell each other in a call, by the message's tag.
 Said = dict[int, torch.Tensor]
+_ROUNDS = 3  # of hearing what others say
 
 
 @dataclass
@@ -196,30 +197,32 @@ def rehearse(model: nn.Module, plan: Plan, arguments: Arguments, rank: int | Non
     """
     if rank is not None:
         return _rehearse(model, plan, arguments, rank)
-    ranks = _candidates(model, plan, arguments)
     # Of those that do as much the last one, which gives the prediction.
-    return max((_rehearse(model, plan, arguments, r) for r in ranks), key=lambda r: (r.work, r.rank))
+    found = [_rehearse(model, plan, arguments, r) for r in _candidates(model, plan, arguments)]
+    return max(found, key=lambda r: (r.work, r.rank))
 
 
 def _rehearse(model: nn.Module, plan: Plan, arguments: Arguments, rank: int) -> Rehearsed:
-    try:
-        found, said = _calls(model, plan, arguments, rank, {})
-    except RuntimeError as error:
-        if plan.stages > 1 and plan.ulysses > 1:
-            raise PlanError(
-                f"plan '{plan}': the ranks of a stage have unlike parts of the tokens, which cannot be rehearsed; "
-                f"choose a size of which {plan.pieces or plan.stages} pieces divide by {plan.ulysses}"
-            ) from error
-        raise
-    if not said:
-        return found
-    # Parts of tokens differ by one where they do not divide: then each rank's numbers are heard.
+    """One rank's calls, when it has been heard what the others say.
+
+    They are first taken to have as many tokens as the rank itself. Where tokens do not divide, that is wrong by one: a
+    call may then fail, but not before the rank has said its own numbers, and with those it comes further.
+    """
+    run = partial(_calls, model, plan, arguments)
+    found, said, _ = run(rank, {})
     team = RankGrid(plan, rank).layout(_sample(arguments).shape[0]).team
-    ends = {peer: _calls(model, plan, arguments, peer, {})[1] for peer in {team[0], team[-1]} - {rank}}
-    if all(torch.equal(ours, said[tag]) for theirs in ends.values() for tag, ours in theirs.items() if tag in said):
-        return found
-    told = {peer: _calls(model, plan, arguments, peer, {})[1] for peer in team if peer != rank}
-    return _calls(model, plan, arguments, rank, told)[0]
+    if found is not None:
+        ends = {peer: run(peer, {})[1] for peer in {team[0], team[-1]} - {rank}} if said else {}
+        if all(torch.equal(ours, said[tag]) for theirs in ends.values() for tag, ours in theirs.items() if tag in said):
+            return found
+    heard: dict[int, Said] = {}
+    for _ in range(_ROUNDS):
+        heard = {peer: run(peer, heard)[1] for peer in team}
+        found, _, error = run(rank, heard)
+        if found is not None:
+            return found
+    assert error is not None
+    raise error
 
 
 def _candidates(model: nn.Module, plan: Plan, arguments: Arguments) -> Sequence[int]:
@@ -249,27 +252,38 @@ def _sample(arguments: Arguments) -> torch.Tensor:
 
 def _calls(
     model: nn.Module, plan: Plan, arguments: Arguments, rank: int, told: Mapping[int, Said]
-) -> tuple[Rehearsed, Said]:
-    """What a rank does, and the numbers that it said to others."""
+) -> tuple[Rehearsed | None, Said, RuntimeError | None]:
+    """What a rank does, and the numbers that it said to others; or the error of a call that was told wrong numbers."""
     transport = SilentTransport(rank, plan.num_ranks, told)
     # One call of the warm-up is like another, and nobody can say without values when they have drifted too far.
     denoiser = ParallelDenoiser(model, replace(plan, warmup=0, resync=None), transport)
     denoiser.attach()
     try:
-        with torch.no_grad():
-            denoiser.open("rehearsal")
-            fresh = _one(model, denoiser, transport, arguments)
-            cycle = [fresh]
-            # In the first call of a transformer ranks also tell each other how many tokens they have, and components
-            # are found.
-            if transport.said or not plan.exact or plan.components > 1:
-                cycle = [_one(model, denoiser, transport, arguments) for _ in range(plan.stride)]
-            transport.begin()  # what is still under way was not waited for by a call
-            denoiser.close()
-            weights = denoiser.weight_bytes
+        weights = denoiser.weight_bytes
+        fresh, cycle = _request(model, denoiser, transport, arguments)
+    except RuntimeError as error:
+        return None, transport.said, error
     finally:
         denoiser.detach()
-    return Rehearsed(rank, weights, fresh, tuple(cycle)), transport.said
+    return Rehearsed(rank, weights, fresh, cycle), transport.said, None
+
+
+def _request(
+    model: nn.Module, denoiser: ParallelDenoiser, transport: SilentTransport, arguments: Arguments
+) -> tuple[CallWork, tuple[CallWork, ...]]:
+    """The first call of a request, and a cycle of those after its warm-up."""
+    plan = denoiser.plan
+    with torch.no_grad():
+        denoiser.open("rehearsal")
+        fresh = _one(model, denoiser, transport, arguments)
+        cycle = [fresh]
+        # In the first call of a transformer ranks also tell each other how many tokens they have, and components are
+        # found.
+        if transport.said or not plan.exact or plan.components > 1:
+            cycle = [_one(model, denoiser, transport, arguments) for _ in range(plan.stride)]
+        transport.begin()  # what is still under way was not waited for by a call
+        denoiser.close()
+    return fresh, tuple(cycle)
 
 
 def _one(model: nn.Module, denoiser: ParallelDenoiser, transport: SilentTransport, arguments: Arguments) -> CallWork:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,15 +19,19 @@ from distrifusion.memory.free import node_memory
 from distrifusion.nested import map_tensors
 from distrifusion.plan import Plan
 from distrifusion.planner.blueprint import Blueprint
-from distrifusion.planner.calls import Arguments, arguments
+from distrifusion.planner.calls import Arguments
 from distrifusion.planner.operations import Counting, LayerKind, Operations
-from distrifusion.planner.rehearsal import SilentTransport, rehearse
+from distrifusion.planner.rehearsal import CallWork, SilentTransport, rehearse
 from distrifusion.planner.speeds import Speed
 from distrifusion.runtime.devices import num_cores
 
 _BUDGET = 0.25  # seconds for each kind of kernel
-_CALL_BUDGET = 2.0  # seconds that a whole call of the denoiser may take to be measured
-_PIXELS = (256, 512)
+_CALLS_BUDGET = 1.0  # and for each size of calls of the denoiser
+# Calls are measured of which even a slow device makes one in some seconds: operations on a CPU, and on others.
+_MOST_WORK = {"cpu": 5e10, "cuda": 5e12}
+# Pixels, and whether both branches of guidance: the first two tell what kernels cost beside their work, the last one at
+# which rates they work.
+_SIZES = ((128, False), (256, False), (512, True))
 _DIVIDED = Plan.parse("patch2")
 
 
@@ -38,13 +42,15 @@ def measure_speed(blueprint: Blueprint, device: torch.device, threads: int) -> S
     try:
         # Not inference mode, in which composite kernels are not seen as what they are made of.
         with torch.no_grad():
+            # First: what large tensors leave behind in the allocator makes calls faster than those of ranks are.
+            calls = _measured_calls(blueprint, device)
             rates, bandwidth, launch = _kernels(device, blueprint.dtype)
             memory = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else node_memory().total
             places = max(1, num_cores() // threads) if device.type == "cpu" else 0
             speed = Speed(
                 name_of(device), rates, bandwidth, launch, launch, 0.0, 1.0, places, memory, "measured here"
             )  # fmt: skip
-            return _agreeing(speed, blueprint, device)
+            return _agreeing(speed, calls) if calls.whole else speed
     finally:
         torch.set_num_threads(before)
 
@@ -72,107 +78,100 @@ def _kernels(device: torch.device, dtype: torch.dtype) -> tuple[dict[LayerKind, 
     return rates, bandwidth, _median(lambda: small.add(1), device)
 
 
-def _agreeing(speed: Speed, blueprint: Blueprint, device: torch.device) -> Speed:
-    """The same device with rates and a cost of kernels by which calls of the denoiser take what they really take."""
-    if 2 * blueprint.weights > node_memory().free or blueprint.weights > _CALL_BUDGET * 1e10:
-        return speed
-    calls = _Calls(speed, blueprint, device)
-    points = calls.whole()
-    if not points:
-        return speed
-    (work, seconds) = points[-1]
-    if len(points) == 2:
-        small, short = points[0]
+@dataclass
+class _MeasuredCalls:
+    """Work and seconds of calls of a denoiser with random weights.
+
+    Attributes:
+        whole: undivided calls, the smallest first; none where one would take too long, or too much memory.
+        divided: one of two ranks' part of a call, whose messages go nowhere; None where it cannot be divided so.
+    """
+
+    whole: list[tuple[Operations, float]] = field(default_factory=list)
+    divided: tuple[CallWork, float] | None = None
+
+
+def _measured_calls(blueprint: Blueprint, device: torch.device) -> _MeasuredCalls:
+    found, most = _MeasuredCalls(), _MOST_WORK[device.type]
+    one_row = replace(blueprint, guided=False)
+    calls = [(blueprint if both else one_row).arguments(pixels, pixels) for pixels, both in _SIZES]
+    known = [(given, work) for given in calls if (work := _work_of(blueprint.denoiser, given)).total <= most]
+    if not known or 2 * blueprint.weights > node_memory().free:
+        return found
+    empty = blueprint.denoiser
+    made: nn.Module = type(empty).from_config(empty.config)  # type: ignore[attr-defined]
+    model = made.to(device, blueprint.dtype).eval()
+    for given, work in known:
+        found.whole.append((work, _seconds(model, given, device)))
+    found.divided = _divided(blueprint, model, known[:2][-1][0], device)
+    return found
+
+
+def _divided(
+    blueprint: Blueprint, model: nn.Module, given: Arguments, device: torch.device
+) -> tuple[CallWork, float] | None:
+    try:
+        work = rehearse(blueprint.denoiser, _DIVIDED, given, 0).steady
+    except DistrifusionError:
+        return None
+    transport = SilentTransport(0, _DIVIDED.num_ranks, {})
+    denoiser = ParallelDenoiser(model, _DIVIDED, transport)
+    denoiser.attach()
+    try:
+        return work, _seconds(model, given, device, transport.begin)
+    finally:
+        denoiser.detach()
+
+
+def _agreeing(speed: Speed, calls: _MeasuredCalls) -> Speed:
+    """The same device with rates and costs of kernels and posts by which calls take what they really take."""
+    if len(calls.whole) > 1:
+        (small, short), (work, seconds) = calls.whole[:2]
         # seconds = computing / factor + what kernels cost, twice.
         more = speed.computing(work) - speed.computing(small)
         factor = max(0.05, min(20.0, more / max(1e-9, seconds - short)))
         others = short - speed.computing(small) / factor - small.others * speed.launch
         layer = max(0.0, others / small.calls.total())
         speed = replace(speed, layer=layer, source=f"{speed.source}, whole calls")
-    speed = speed.made_to_take(seconds, work) if speed.launching(work) < seconds else speed
-    return replace(speed, post=calls.seconds_per_post(speed))
+        speed = _taking(speed, work, seconds)
+    if calls.divided is not None:
+        # What a divided call takes more than its kernels: cutting, putting together and naming what is exchanged.
+        work, seconds = calls.divided[0].operations, calls.divided[1]
+        speed = replace(speed, post=max(0.0, seconds - speed.seconds(work)) / max(1, len(calls.divided[0].posts)))
+    return _taking(speed, *calls.whole[-1])
 
 
-class _Calls:
-    """Calls of one row of the batch of a denoiser with random weights, which are measured.
+def _taking(speed: Speed, work: Operations, seconds: float) -> Speed:
+    return speed.made_to_take(seconds, work) if speed.launching(work) < seconds else speed
 
-    Args:
-        speed: of the device, as far as it is known: no call is made that would take long.
-        blueprint: whose denoiser.
-        device: where.
-    """
 
-    def __init__(self, speed: Speed, blueprint: Blueprint, device: torch.device) -> None:
-        self._blueprint = blueprint
-        self._device = device
-        self._model: nn.Module | None = None
-        self._given = {pixels: self._arguments(pixels) for pixels in _PIXELS}
-        self._work: dict[int, Operations] = {}
-        for pixels, given in self._given.items():
-            with Counting() as counting:
-                blueprint.denoiser(**given)
-            if speed.seconds(counting.operations) > _CALL_BUDGET:
-                break
-            self._work[pixels] = counting.operations
+def _work_of(model: nn.Module, given: Arguments) -> Operations:
+    with Counting() as counting:
+        model(**given)
+    return counting.operations
 
-    def _arguments(self, pixels: int) -> Arguments:
-        blueprint, side = self._blueprint, pixels // self._blueprint.factor
-        return arguments(blueprint.denoiser, 1, side, side, blueprint.dtype)
 
-    def whole(self) -> list[tuple[Operations, float]]:
-        """Work and seconds of undivided calls, the smallest first."""
-        return [(work, self._seconds(pixels)) for pixels, work in self._work.items()]
+def _seconds(
+    model: nn.Module, given: Arguments, device: torch.device, before: Callable[[], None] = lambda: None
+) -> float:
+    values = _with_values(given, device)
 
-    def seconds_per_post(self, speed: Speed) -> float:
-        """What a divided call takes more than its kernels, by post: of one of two ranks, whose messages go nowhere.
+    def call() -> None:
+        before()
+        model(**values)
 
-        That is the work of cutting, putting together and naming what is exchanged. In the smallest call it is most of
-        what there is to see.
-        """
-        pixels = min(self._work)
-        try:
-            work = rehearse(self._blueprint.denoiser, _DIVIDED, self._given[pixels]).steady
-        except DistrifusionError:  # no such plan for this model
-            return 0.0
-        more = self._divided_seconds(pixels) - speed.seconds(work.operations)
-        return max(0.0, more / max(1, len(work.posts)))
-
-    def _divided_seconds(self, pixels: int) -> float:
-        transport = SilentTransport(0, _DIVIDED.num_ranks, {})
-        denoiser = ParallelDenoiser(self._real(), _DIVIDED, transport)
-        denoiser.attach()
-        try:
-            return self._seconds(pixels, transport.begin)
-        finally:
-            denoiser.detach()
-
-    def _seconds(self, pixels: int, before: Callable[[], None] = lambda: None) -> float:
-        given = _with_values(self._given[pixels], self._device)
-        model = self._real()
-
-        def call() -> None:
-            before()
-            model(**given)
-
-        return _median(call, self._device)
-
-    def _real(self) -> nn.Module:
-        if self._model is None:
-            empty = self._blueprint.denoiser
-            made: nn.Module = type(empty).from_config(empty.config)  # type: ignore[attr-defined]
-            self._model = made.to(self._device, self._blueprint.dtype).eval()
-        return self._model
+    return _median(call, device, _CALLS_BUDGET)
 
 
 def _with_values(value: Any, device: torch.device) -> Any:
     return map_tensors(value, lambda x: torch.ones(x.shape, dtype=x.dtype, device=device))
 
 
-def _median(run: Callable[[], object], device: torch.device) -> float:
+def _median(run: Callable[[], object], device: torch.device, budget: float | None = None) -> float:
     """Median seconds of a run after one that warms up; at least three, and more while there is time."""
     times: list[float] = []
-    start = None
-    while len(times) < 4 or (time.perf_counter() - (start or 0) < _BUDGET and len(times) < 200):
+    start, budget = None, _BUDGET if budget is None else budget
+    while len(times) < 4 or (time.perf_counter() - (start or 0) < budget and len(times) < 200):
         begin = time.perf_counter()
         run()
         if device.type == "cuda":

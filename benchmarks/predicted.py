@@ -15,26 +15,32 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 _MARKERS = "osD^"
 
 
 @dataclass(frozen=True)
 class Point:
-    """One row: seconds of a step."""
+    """One row.
+
+    Attributes:
+        measured, predicted: seconds of a step.
+        picture: the same of a whole picture, measured and predicted.
+        runs: measured seconds of a step, run by run.
+    """
 
     model: str
     size: str
-    devices: int
     case: str
     plan: str
     measured: float
     predicted: float
+    picture: tuple[float, float]
+    runs: tuple[float, ...]
 
     @property
     def error(self) -> float:
-        """Relative."""
+        """Relative, of a step."""
         return self.predicted / self.measured - 1
 
 
@@ -42,21 +48,29 @@ def read(file: Path) -> list[Point]:
     """Rows that were measured and predicted."""
     document = json.loads(file.read_text(encoding="utf-8"))
     model = document["circumstances"]["command"].split()[2]
-    rows = [row for row in document["rows"] if row["status"] == "ok" and row["predicted_per_step"]]
-    return [_point(model, row) for row in rows]
+    pairs = zip(document["rows"], document["runs"], strict=True)
+    return [
+        Point(
+            model, row["size"], row["case"], row["plan"], row["per_step"], row["predicted_per_step"],
+            (row["per_picture"], row["predicted_per_picture"]), tuple(run["per_step"] for run in runs["runs"]),
+        )
+        for row, runs in pairs
+        if row["status"] == "ok" and row["predicted_per_step"]
+    ]  # fmt: skip
 
 
-def _point(model: str, row: dict[str, Any]) -> Point:
-    found = (row["size"], row["devices"], row["case"], row["plan"], row["per_step"], row["predicted_per_step"])
-    return Point(model, *found)
+def choices(points: Sequence[Point]) -> list[tuple[str, str, float, str, float]]:
+    """For each model and size: the plan predicted to be fastest and the fastest measured, with their medians.
 
-
-def choices(points: Sequence[Point]) -> list[tuple[Point, Point]]:
-    """For each model and size: the measured row of the plan that is predicted to be fastest, and the fastest row."""
+    Runs of rows of one plan are put together: they differ by chance alone.
+    """
     found = []
-    for key in dict.fromkeys((p.model, p.size) for p in points):
-        own = [p for p in points if (p.model, p.size) == key and p.case != "auto"]
-        found.append((min(own, key=lambda p: p.predicted), min(own, key=lambda p: p.measured)))
+    for model, size in dict.fromkeys((p.model, p.size) for p in points):
+        own = [p for p in points if (p.model, p.size) == (model, size) and p.plan]
+        runs = {plan: [run for p in own if p.plan == plan for run in p.runs] for plan in {p.plan for p in own}}
+        medians = {plan: statistics.median(values) for plan, values in runs.items()}
+        chosen, best = min(own, key=lambda p: p.predicted).plan, min(medians, key=lambda plan: medians[plan])
+        found.append((f"{model} {size}", chosen, medians[chosen], best, medians[best]))
     return found
 
 
@@ -83,11 +97,17 @@ def draw(points: Sequence[Point], out: Path) -> None:
         axis.set_ticks([], minor=True)
     blank = {"linestyle": "", "markersize": 6}
     handles = [axes.plot([], [], "o", color=f"C{i}", label=case, **blank)[0] for i, case in enumerate(cases)]
-    handles += [axes.plot([], [], _MARKERS[i], color="gray", label=m, **blank)[0] for i, m in enumerate(models)]
+    handles += [axes.plot([], [], _MARKERS[i], color="black", markerfacecolor="none", label=m, **blank)[0] for i, m in enumerate(models)]
     handles.append(axes.fill_between([], [], [], color="black", alpha=0.08, label="within 15 %"))
     figure.legend(handles=handles, loc="outside right center", frameon=False, fontsize=8)
     figure.savefig(out, dpi=110)
     plt.close(figure)
+
+
+def _report(what: str, errors: Sequence[float]) -> None:
+    within = sum(error <= 0.15 for error in errors)
+    worst = f"largest {max(errors):.0%}, {within} within 15 %"
+    print(f"{len(errors)} rows, {what}: median error {statistics.median(errors):.1%}, {worst}")
 
 
 def main() -> None:
@@ -99,14 +119,10 @@ def main() -> None:
     for p in points:
         told = f"{1e3 * p.measured:.1f} ms, predicted {1e3 * p.predicted:.1f} ({p.error:+.0%})"
         print(f"{p.model} {p.size} {p.case}: {told}")
-    errors = [abs(p.error) for p in points]
-    within = sum(error <= 0.15 for error in errors)
-    print(
-        f"{len(points)} rows: median error {statistics.median(errors):.1%}, largest {max(errors):.0%}, {within} in 15 %"
-    )
-    for chosen, best in choices(points):
-        loss = chosen.measured / best.measured - 1
-        print(f"{chosen.model} {chosen.size}: predicted best {chosen.case}, {loss:.1%} slower than {best.case}")
+    _report("steps", [abs(p.error) for p in points])
+    _report("pictures", [abs(p.picture[1] / p.picture[0] - 1) for p in points])
+    for where, chosen, seconds, best, least in choices(points):
+        print(f"{where}: predicted best {chosen}, {seconds / least - 1:.1%} slower than {best}")
     draw(points, words.out)
 
 

@@ -24,8 +24,8 @@ from distrifusion.plan import Plan
 from distrifusion.planner.calls import Arguments
 from distrifusion.planner.operations import Counting, Operations
 
-# Numbers that ranks tell each other in a call, by the message's tag.
-Said = dict[int, torch.Tensor]
+# Numbers that ranks tell each other, by the call and the message's tag.
+Said = dict[tuple[int, int], torch.Tensor]
 _ROUNDS = 3  # of hearing what others say
 
 
@@ -142,10 +142,11 @@ class SilentTransport:
         """Note the messages; numbers are answered with what the peer said, or with the own."""
         for message in sends:
             if _are_numbers(message.tensor):
-                self.said[message.tag] = message.tensor.clone()
+                self.said[self.call, message.tag] = message.tensor.clone()
         for message in receives:
             if _are_numbers(message.tensor):
-                message.tensor.copy_(self._told.get(message.peer, self.said).get(message.tag, self.said[message.tag]))
+                key = self.call, message.tag
+                message.tensor.copy_(self._told.get(message.peer, self.said).get(key, self.said[key]))
         post = Post(_by_peer(sends), _by_peer(receives))
         self.posts.append(post)
         return _Silence(self, post, self.call)
@@ -213,7 +214,7 @@ def _rehearse(model: nn.Module, plan: Plan, arguments: Arguments, rank: int) -> 
     team = RankGrid(plan, rank).layout(_sample(arguments).shape[0]).team
     if found is not None:
         ends = {peer: run(peer, {})[1] for peer in {team[0], team[-1]} - {rank}} if said else {}
-        if all(torch.equal(ours, said[tag]) for theirs in ends.values() for tag, ours in theirs.items() if tag in said):
+        if all(torch.equal(ours, said[key]) for theirs in ends.values() for key, ours in theirs.items() if key in said):
             return found
     heard: dict[int, Said] = {}
     for _ in range(_ROUNDS):

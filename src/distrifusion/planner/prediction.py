@@ -170,8 +170,10 @@ def _one_after_the_other(costs: Costs, plan: Plan, work: Rehearsed) -> CallWork 
     if num_parts == 1:
         return None
     call = work.fresh if plan.stages > 1 else work.steady
-    borders = [replace(post, waited=True) for post in call.posts if post.num_bytes > 1]
-    return CallWork(costs.whole(plan).operations, posts=(num_parts - 1) * borders)
+    posts = [replace(post, waited=True) for post in call.posts if post.num_bytes > 1]
+    # What a part receives crosses every border once; what it sends is what the next one receives, or the prediction.
+    coming = [post for post in posts if post.received]
+    return CallWork(costs.whole(plan).operations, posts=(num_parts - 1) * coming + [p for p in posts if not p.received])
 
 
 def _flowing(call: CallWork, plan: Plan) -> CallWork:

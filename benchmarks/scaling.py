@@ -107,9 +107,8 @@ def eight_table(rows: list[dict[str, Any]]) -> list[str]:
             f"{row['parts'][name] / row['seconds_per_picture']:.0%}"
             for name in ("compute", "launch", "link", "warm-up")
         ]
-        formula = " (formula)" if row["by_formula"] else ""
         lines.append(
-            f"| {row['links']} | {row['size']} | `{row['plan']}`{formula} | {row['speedup']:.2f}x | "
+            f"| {row['links']} | {row['size']} | `{row['plan']}` | {row['speedup']:.2f}x | "
             f"{1000 * row['seconds_per_step']:.1f} | {' | '.join(parts)} | {row['sent_per_step'] / 1e6:.0f} | "
             f"{row['memory']['kept'] / 1e9:.2f} | {row['limit']} |"
         )

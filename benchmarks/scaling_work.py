@@ -9,8 +9,8 @@ from pathlib import Path
 from published import MEMORY, ROWS, blueprint
 
 from distrifusion import Plan
-from distrifusion.planner.prediction import Costs
-from distrifusion.planner.rehearsal import CallWork, Rehearsed
+from distrifusion.planner.costs import Costs
+from distrifusion.planner.rehearsal import Rehearsed
 
 COUNTS = (1, 2, 4, 8, 16, 32, 64)
 SIZES = {"sdxl": (1024, 2048, 3840), "pixart": (1024, 2048)}
@@ -73,11 +73,9 @@ class Shelf:
     @staticmethod
     def _fill(costs: Costs, plan: Plan, file: Path) -> None:
         if file.is_file():
-            rank, fresh, steady = json.loads(file.read_text())
-            costs.put(plan, Rehearsed(rank, CallWork.from_dict(fresh), CallWork.from_dict(steady)))
+            costs.put(plan, Rehearsed.from_dict(json.loads(file.read_text())))
             return
-        work = costs.of(plan)
-        file.write_text(json.dumps([work.rank, work.fresh.as_dict(), work.steady.as_dict()]))
+        file.write_text(json.dumps(costs.of(plan).as_dict()))
         print(f"rehearsed {file.stem}", flush=True)
 
 

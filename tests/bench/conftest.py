@@ -21,4 +21,4 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def known_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("DISTRIFUSION_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(calibration, "measure_speed", lambda *_: DEVICES["a100"])
-    monkeypatch.setattr(calibration, "measure_links", lambda *_: PROFILES["pcie4"])
+    monkeypatch.setattr(calibration, "measure_ranks", lambda *_: (PROFILES["pcie4"], 1.1))

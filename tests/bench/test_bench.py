@@ -7,12 +7,13 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
-from distrifusion.bench import plots, report
+from distrifusion.bench import measuring, plots, report
 from distrifusion.bench.cases import CEILING, PLAIN, Case, Row, Run, plans_for
 from distrifusion.cli import app
-from distrifusion.errors import ConfigError
+from distrifusion.errors import ConfigError, OutOfMemory
 from distrifusion.plan import Plan
 
 SIZE = (64, 48)
@@ -75,6 +76,34 @@ def test_plans_take_their_own_number_of_devices() -> None:
         plans_for(["cfg2.patch2"], [1, 2])
     with pytest.raises(ConfigError, match="named twice"):
         plans_for(["cfg2", "cfg2"], [2])
+
+
+def test_a_row_that_runs_out_of_memory_stays_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    closed: list[Plan | None] = []
+
+    class NoPipelines(measuring._Pipelines):
+        def get(self, plan: Plan | None) -> Plan | None:
+            return plan
+
+        def drop(self, plan: Plan | None) -> None:
+            closed.append(plan)
+
+    def draw(_order: object, case: Case, _pipe: object) -> tuple[float, float, None]:
+        if case.label == "patch2":
+            raise OutOfMemory("no room\nfor it")
+        if case.label == "cfg2":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return 2.0, 0.2, None
+
+    monkeypatch.setattr(measuring, "_Pipelines", NoPipelines)
+    monkeypatch.setattr(measuring, "_draw", draw)
+    cases = [Case(label, Plan.parse(text), 2, SIZE) for label, text in (("patch2", "patch2"), ("cfg2", "cfg2"))]
+    order = measuring.Order("x", {}, 0, {}, (torch.device("cpu"),) * 2, 1, 3, None)
+    rows = measuring.measure(order, [Case(PLAIN, None, 1, SIZE), *cases], lambda _: None)
+    plain, bands, branches = report.summary(rows)
+    assert plain["status"] == "ok" and len(rows[0].runs) == 3
+    assert bands["status"] == "OutOfMemory: no room" and "CUDA out of memory" in branches["status"]
+    assert [len(row.runs) for row in rows[1:]] == [1, 1] and closed == [case.plan for case in cases]
 
 
 @pytest.mark.slow

@@ -8,7 +8,8 @@ import pytest
 from shell import run
 
 from distrifusion.doctor import examination, round_trip
-from distrifusion.doctor.round_trip import Link, RoundTripError
+from distrifusion.doctor.rank_processes import RoundTripError
+from distrifusion.doctor.round_trip import Link
 
 LINKS = (Link("gloo messages", 300.0, 1.5), Link("shared memory", 50.0, 9.0))
 

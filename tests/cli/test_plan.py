@@ -18,9 +18,10 @@ def plan(folder: Path, *words: object) -> dict:
 def test_the_table_is_sorted_and_the_reason_names_the_plan(folder: Path) -> None:
     done = run("plan", folder, "--devices", 2, "--size", "64x64", "--on", "pcie4", "--fidelity", "any", "--explain")
     assert done.exit_code == 0, done.output
-    assert "predicted for a100" in done.stdout and "(by formula)" in done.stdout
+    assert "predicted for a100" in done.stdout
     chosen = [line for line in done.stdout.splitlines() if line.startswith("* ")]
-    assert len(chosen) == 1 and "sends" in done.stdout
+    assert len(chosen) == 1 and "sends" in done.stdout and "outside" in done.stdout
+    assert "tp2" in done.stdout and "async2" in done.stdout
 
 
 def test_the_answer_as_json_says_that_it_is_predicted(folder: Path) -> None:

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from distrifusion.doctor import round_trip
-from distrifusion.doctor.round_trip import RoundTripError, measure
+from distrifusion.doctor import rank_processes
+from distrifusion.doctor.rank_processes import RoundTripError
+from distrifusion.doctor.round_trip import measure
 
 
 def test_two_processes_measure_every_way_that_ranks_use() -> None:
@@ -31,6 +32,6 @@ def test_processes_that_hang_or_fail(
     python = tmp_path / "python"
     python.write_text(f'#!/bin/sh\nexec {sys.executable} -c "{script}"\n')
     python.chmod(0o755)
-    monkeypatch.setattr(round_trip.sys, "executable", str(python))
+    monkeypatch.setattr(rank_processes.sys, "executable", str(python))
     with pytest.raises(RoundTripError, match=says):
         measure("gloo", limit)

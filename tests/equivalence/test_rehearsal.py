@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from division import on_ranks
 from listening import traffic
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from distrifusion import Plan
+from distrifusion.denoiser import ParallelDenoiser
 from distrifusion.memory.prediction import pool_bytes
 from distrifusion.nested import map_tensors
 from distrifusion.planner.operations import Counting, LayerKind
@@ -89,17 +91,92 @@ def test_every_rank_of_a_unet_sends_the_bytes_that_it_rehearsed(text: str) -> No
         assert to_peers == really
 
 
-@pytest.mark.parametrize("text", ["patch3", "patch2.displaced.w0", "ring3", "ulysses2.ring2"])
-def test_every_rank_of_a_transformer_sends_the_bytes_that_it_rehearsed(text: str) -> None:
+@pytest.mark.parametrize(
+    ("family", "text"),
+    [
+        *(("FLUX.1 dev", text) for text in ("patch2.displaced.w0", "ring3", "ulysses2.ring2")),
+        *(("SD3", text) for text in ("ulysses2", "patch3.displaced.w0")),
+    ],
+)
+def test_every_rank_of_a_transformer_sends_the_bytes_that_it_rehearsed(family: str, text: str) -> None:
     """35 tokens and 7 words divide among none of these: each rank hears what the others have."""
     plan = Plan.parse(text)
-    model, inputs = FAMILIES["FLUX.1 dev"].make(), FAMILIES["FLUX.1 dev"].inputs(2, 7, 5)
+    model, inputs = FAMILIES[family].make(), FAMILIES[family].inputs(2, *FAMILIES[family].size)
     first, later = traffic(model, plan, [inputs]), traffic(model, plan, [inputs, moved(inputs)])
     meta = share_weights(model).to("meta")
     for rank in range(plan.num_ranks):
         rehearsed = rehearse(meta, plan, on_meta(inputs), rank)
         assert rehearsed.fresh.sent + asked(plan) == Counter(first[rank].by_kind)
         assert rehearsed.steady.sent == Counter(later[rank].by_kind)
+
+
+IN_DEPTH = ["tp3", "cfg2.tp2", "async2.sync", "async3.forecast.w0", "async2.stride2.w0"]
+
+
+def calls_of(model: torch.nn.Module, plan: Plan, inputs: dict[str, Any], num_calls: int) -> list[list[Counter[Any]]]:
+    """Operations by kind of layer of every call, by rank, counted while ranks draw."""
+
+    def work(own: Any, denoiser: ParallelDenoiser) -> list[Counter[Any]]:
+        found = []
+        denoiser.open("request")
+        for _ in range(num_calls):
+            denoiser.slot = 0
+            found.append(operations_of(own, inputs))
+        denoiser.close()
+        return found
+
+    return on_ranks(model, str(plan), work)
+
+
+def check_rehearsed(model: torch.nn.Module, text: str, inputs: dict[str, Any]) -> None:
+    """Every rank computes and sends in each call what it rehearsed, exactly."""
+    plan = Plan.parse(text)
+    num_calls = 1 + plan.stride
+    computed = calls_of(model, plan, inputs, num_calls)
+    sent = [traffic(model, plan, (n + 1) * [inputs]) for n in range(num_calls)]
+    meta = share_weights(model).to("meta")
+    for rank in range(plan.num_ranks):
+        rehearsed = rehearse(meta, plan, on_meta(inputs), rank)
+        calls = [rehearsed.fresh, *rehearsed.cycle]
+        assert [call.operations.flops for call in calls] == computed[rank]
+        for call, traffics in zip(calls, sent, strict=True):
+            assert call.sent == Counter({kind: n for kind, n in traffics[rank].by_kind.items() if n})
+        assert rehearsed.weights == weight_bytes(model, plan)[rank]
+
+
+def weight_bytes(model: torch.nn.Module, plan: Plan) -> list[int]:
+    return on_ranks(model, str(plan), lambda _, denoiser: denoiser.weight_bytes)
+
+
+@pytest.mark.parametrize("text", IN_DEPTH)
+def test_ranks_of_a_unet_with_weights_of_their_own_do_what_they_rehearsed(text: str) -> None:
+    unet = sdxl_unet()
+    check_rehearsed(unet, text, unet_inputs(unet, 2, 20, 16))
+
+
+@pytest.mark.parametrize(
+    ("family", "text"),
+    [
+        ("FLUX.1 dev", "tp2"),
+        ("FLUX.1 dev", "async2.w0"),
+        ("FLUX.1 dev", "pipe2.m4.w0"),
+        ("SD3", "pipe2.sync"),
+        ("SD3", "cfg2.pipe2.m2.w0"),
+        ("PixArt-Sigma", "tp3"),
+        ("FLUX.1 dev", "pipe2.ulysses2.m2.w0"),
+    ],
+)
+def test_ranks_of_a_transformer_with_weights_of_their_own_do_what_they_rehearsed(family: str, text: str) -> None:
+    model = FAMILIES[family].make()
+    check_rehearsed(model, text, FAMILIES[family].inputs(2, 8, 6))
+
+
+def test_the_busiest_stage_or_component_is_rehearsed() -> None:
+    meta, inputs = FAMILIES["SD3"].make().to("meta"), on_meta(FAMILIES["SD3"].inputs(2, 8, 6))
+    for text in ("pipe2.m2", "pipe3.m3", "async2", "async3", "async2.stride2"):
+        plan = Plan.parse(text)
+        works = [rehearse(meta, plan, inputs, rank).work for rank in range(plan.num_ranks)]
+        assert rehearse(meta, plan, inputs).work == max(works)
 
 
 def test_what_is_displaced_is_not_waited_for_in_its_call() -> None:

@@ -31,7 +31,7 @@ def on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     def set_links(links: Links) -> None:
         monkeypatch.setenv("DISTRIFUSION_CACHE", str(tmp_path))
         monkeypatch.setattr(calibration, "measure_speed", lambda *_: SPEED)
-        monkeypatch.setattr(calibration, "measure_links", lambda *_: links)
+        monkeypatch.setattr(calibration, "measure_ranks", lambda *_: (links, 1.0))
 
     return set_links
 

@@ -76,14 +76,6 @@ def test_a_plan_that_does_not_fit_is_refused_with_its_bytes() -> None:
         rank(COSTS, [1], Fidelity.EXACT, replace(SPEED, memory=1), SLOW, 10)
 
 
-def test_only_plans_that_are_drawn_with_are_taken_for_drawing() -> None:
-    ranking = rank(COSTS, [2], Fidelity.ANY, SPEED, FAST, 10, drawable_only=True)
-    weighed = {p.plan for p in ranking.predictions}
-    refused = {r.plan for r in ranking.refused}
-    assert Plan.parse("patch2") in weighed
-    assert weighed.isdisjoint(map(Plan.parse, refused))
-
-
 def test_words_and_counts_that_cannot_be_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"'near'.*exact, close, any"):
         fidelity("near")
@@ -91,5 +83,5 @@ def test_words_and_counts_that_cannot_be_are_refused() -> None:
         plans(COSTS.blueprint.denoiser, 0, 2, Fidelity.EXACT)
     with pytest.raises(ConfigError, match="0 steps"):
         rank(COSTS, [1], Fidelity.EXACT, SPEED, FAST, 0)
-    assert counts_of(6) == [1, 2, 3, 6]
+    assert counts_of(6) == [1, 2, 3, 4, 6] and counts_of(8) == [1, 2, 4, 8] and counts_of(1) == [1]
     assert model_size(unet()) == (256, 256)

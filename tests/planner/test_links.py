@@ -43,7 +43,19 @@ def test_a_file_that_is_no_profile_is_refused(tmp_path: Path, content: str, said
         find(str(tmp_path / "links.json"))
 
 
-@pytest.mark.parametrize("change", [{"overlap": 2}, {"per_node": 0}, {"within": {"latency": -1, "bandwidth": 1}}])
+SHRINKING = {"latency": 0, "bandwidth": 1, "measured": [[4, 2.0], [8, 1.0]]}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"pairs": {"0-1": SHRINKING}},
+        {"within": SHRINKING},
+        {"overlap": 2},
+        {"per_node": 0},
+        {"within": {"latency": -1, "bandwidth": 1}},
+    ],
+)
 def test_a_value_out_of_range_is_refused(change: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="bandwidths are above 0"):
         Links.from_dict({**TWO_NODES.as_dict(), **change})
@@ -65,3 +77,31 @@ def test_messages_to_another_machine_take_its_link() -> None:
 def test_more_bytes_never_take_less_time(sent: dict[int, int], peer: int, more: int) -> None:
     grown = {**sent, peer: sent.get(peer, 0) + more}
     assert TWO_NODES.seconds(Post(grown, {}), 0) >= TWO_NODES.seconds(Post(sent, {}), 0)
+
+
+def test_between_measured_sizes_is_interpolated_and_beyond_them_the_bandwidth_says_it() -> None:
+    link = Link.of([(0, 1.0), (100, 2.0), (300, 3.0)])
+    assert [link.seconds(n) for n in (0, 50, 100, 200)] == pytest.approx([1.0, 1.5, 2.0, 2.5])
+    assert link.seconds(300) == pytest.approx(3.0) and link.seconds(450) == pytest.approx(4.0)
+    assert Link.of([(4, 1.0), (8, 0.5)]).seconds(8) == pytest.approx(
+        1.0
+    )  # noise is no reason for a larger message to be faster
+
+
+@given(
+    st.lists(st.floats(0, 10, allow_subnormal=False), min_size=2, max_size=6),
+    st.integers(0, 10**4),
+    st.integers(0, 10**4),
+)
+def test_a_measured_link_never_takes_less_for_more(seconds: list[float], num_bytes: int, more: int) -> None:
+    link = Link.of([(4**i, s) for i, s in enumerate(seconds)])
+    assert link.usable and link.seconds(num_bytes + more) >= link.seconds(num_bytes) * (1 - 1e-9)
+
+
+def test_each_pair_has_its_own_link() -> None:
+    pairs = {"0-1": Link(0.0, 1e9), "1-2": Link(0.0, 1e6)}
+    links = Links("three", Link(0.0, 1e3), Link(0.0, 1e3), 8, 1.0, "made up", pairs)
+    assert links.seconds(Post({0: 1000}, {}), 1) == pytest.approx(1e-6)
+    assert links.seconds(Post({0: 1000, 2: 1000}, {}), 1) == pytest.approx(1e-6 + 1e-3)
+    assert links.seconds(Post({}, {2: 1000}), 0) == pytest.approx(1.0)  # not measured: as within
+    assert Links.from_dict(json.loads(json.dumps(links.as_dict()))) == links

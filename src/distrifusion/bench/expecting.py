@@ -14,7 +14,8 @@ from distrifusion.planner.blueprint import open_blueprint
 from distrifusion.planner.calibration import calibrated
 from distrifusion.planner.candidates import Fidelity
 from distrifusion.planner.choice import rank
-from distrifusion.planner.prediction import Costs, predict
+from distrifusion.planner.costs import Costs
+from distrifusion.planner.prediction import predict
 
 
 class Expectations:
@@ -32,7 +33,7 @@ class Expectations:
         dtype = order.keywords.get("dtype", order.keywords.get("torch_dtype"))
         guidance = order.call.get("guidance_scale")
         self._blueprint = open_blueprint(order.model, dtype or auto.FLOAT32, guidance is None or guidance > 1)
-        self._machine = calibrated(self._blueprint, order.where[0], order.threads)
+        self._machine = calibrated(self._blueprint, order.where[0], order.threads, len(order.where))
         self._steps = order.call["num_inference_steps"]
         self._wish = wish
         self._costs: dict[tuple[int, int], Costs] = {}
@@ -44,7 +45,6 @@ class Expectations:
         found = self._machine
         ranking = rank(
             self._of(case.size), auto.counts_of(case.devices), self._wish, found.speed, found.links, self._steps,
-            drawable_only=True,
         )  # fmt: skip
         return replace(case, plan=ranking.chosen.plan)
 
@@ -64,5 +64,5 @@ class Expectations:
 
     def _of(self, size: tuple[int, int]) -> Costs:
         if size not in self._costs:
-            self._costs[size] = Costs(self._blueprint, self._blueprint.arguments(*size))
+            self._costs[size] = Costs.of_size(self._blueprint, *size)
         return self._costs[size]

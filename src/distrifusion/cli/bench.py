@@ -42,8 +42,8 @@ def bench(
     prompt: Annotated[
         str | None,
         typer.Option(
-            "--prompt", "-p", metavar="TEXT", help=r"What to draw. [dim]\[default: a landscape for demo][/dim]",
-            show_default=False,
+            "--prompt", "-p", metavar="TEXT", show_default=False,
+            help=r"What to draw. [dim]\[default: a landscape, for embedded models][/dim]",
         ),
     ] = None,
     guidance: options.Guidance = None,
@@ -163,9 +163,10 @@ def _order(
 
 
 def _call(model: str, prompt: str | None, steps: int, guidance: float | None) -> dict[str, Any]:
+    from distrifusion.demo import MODELS
     from distrifusion.quality.landscapes import PROMPTS
 
-    if prompt is None and model != "demo":
+    if prompt is None and model not in MODELS:
         raise ConfigError(f"'{model}' has no prompts of its own; say --prompt")
     call = {"prompt": prompt or next(iter(PROMPTS)), "num_inference_steps": steps, "guidance_scale": guidance}
     return {name: value for name, value in call.items() if value is not None}

@@ -102,7 +102,7 @@ def _rank(
     from distrifusion.planner import links as profiles
     from distrifusion.planner.blueprint import open_blueprint
     from distrifusion.planner.choice import rank
-    from distrifusion.planner.prediction import Costs
+    from distrifusion.planner.costs import Costs
     from distrifusion.runtime.devices import num_cores, resolve
 
     wish = auto.fidelity(fidelity)
@@ -113,16 +113,16 @@ def _rank(
     kind = getattr(torch, options.one_of(dtype, options.DTYPES, "dtype"))
     dtype_keyword(dtype)
     blueprint = open_blueprint(model, kind, guided=guidance is None or guidance > 1)
-    costs = Costs(blueprint, blueprint.arguments(*(size or auto.model_size(blueprint))))
+    costs = Costs.of_size(blueprint, *(size or auto.model_size(blueprint)))
     counts = auto.counts_of(devices)
     if links is not None:
         return rank(costs, counts, wish, speeds.DEVICES[name], links, steps), speeds.DEVICES[name], links
     where, _ = resolve(devices, None)
     threads = max(1, num_cores() // devices)
-    found = calibration.calibrated(blueprint, where[0], threads)
+    found = calibration.calibrated(blueprint, where[0], threads, devices)
     for library, before in found.stale.items():
         typer.echo(f"the calibration was made with {library} {before}; measured again", err=True)
-    return rank(costs, counts, wish, found.speed, found.links, steps, drawable_only=True), found.speed, found.links
+    return rank(costs, counts, wish, found.speed, found.links, steps), found.speed, found.links
 
 
 def _text(ranking: Ranking, speed: Speed, links: Links, explain: bool) -> str:
@@ -134,11 +134,10 @@ def _text(ranking: Ranking, speed: Speed, links: Links, explain: bool) -> str:
     lines.append(f"{head}  fidelity  limited by")
     for p in ranking.predictions:
         mark = "* " if p is ranking.chosen else "  "
-        formula = " (by formula)" if p.formula else ""
         lines.append(
             f"{mark}{p.plan!s:<34} {p.plan.num_ranks:>7} {p.per_step:>9.4g} {p.per_picture:>9.4g} "
             f"{ranking.speedup(p):>7.2f}x {size_in_words(p.memory.total):>9}  {fidelity_of(p.plan):<8}  "
-            f"{p.limit}{formula}"
+            f"{p.limit}"
         )
         if explain:
             parts = ", ".join(f"{name} {seconds:.3g} s" for name, seconds in p.parts.items() if seconds)

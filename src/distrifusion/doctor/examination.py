@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from distrifusion.doctor import advice, gpus, machine, network, round_trip, versions
+from distrifusion.doctor import advice, gpus, machine, network, rank_processes, round_trip, versions
 from distrifusion.doctor.advice import Finding, Level
 
 
@@ -70,7 +70,7 @@ def examine(num_ranks: int, limit: float) -> Examination:
     for backend in ("gloo", *(["nccl"] if len(cards) > 1 else [])):
         try:
             links += round_trip.measure(backend, limit)
-        except round_trip.RoundTripError as error:
+        except rank_processes.RoundTripError as error:
             found.append(advice.on_failed_round_trip(backend, str(error)))
     if links and not any(link.way == "shared memory" for link in links):
         found.append(advice.on_no_shared_memory())

@@ -7,19 +7,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
+from distrifusion.doctor.rank_processes import run_ranks
 from distrifusion.exchange.meeting import transport_of
 from distrifusion.exchange.transport import Message, ProcessGroupTransport, Transport
 
@@ -43,10 +39,6 @@ class Link:
     gigabytes_per_second: float
 
 
-class RoundTripError(Exception):
-    """The two processes did not exchange messages; says why."""
-
-
 def measure(backend: str, limit: float) -> tuple[Link, ...]:
     """Start two processes and let them measure.
 
@@ -57,41 +49,8 @@ def measure(backend: str, limit: float) -> tuple[Link, ...]:
     Raises:
         RoundTripError: if one fails, or the limit passes.
     """
-    with tempfile.TemporaryDirectory(prefix="distrifusion-") as folder:
-        words = [sys.executable, "-m", "distrifusion.doctor.round_trip", backend, str(Path(folder) / "meeting")]
-        # One thread each, and no word of a launcher that this process may have.
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
-        both = [
-            subprocess.Popen(
-                [*words, str(rank), str(limit)],
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-                env=environment,
-            )
-            for rank in range(2)
-        ]
-        try:
-            answers = _answers(both, time.monotonic() + limit)
-        finally:
-            for process in both:
-                process.kill()
-                process.communicate()
-    return tuple(Link(**row) for row in json.loads(answers[0]))
-
-
-def _answers(both: list[subprocess.Popen[str]], end: float) -> list[str]:
-    answers = []
-    for process in both:
-        try:
-            output, errors = process.communicate(timeout=max(0.1, end - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            raise RoundTripError("two processes did not exchange a message in time") from None
-        if process.returncode:
-            lines = errors.strip().splitlines() or [f"exit status {process.returncode}"]
-            raise RoundTripError(f"a process that should exchange messages failed: {lines[-1]}")
-        answers.append(output)
-    return answers
+    answer = run_ranks("distrifusion.doctor.round_trip", 2, [backend], limit)
+    return tuple(Link(**row) for row in json.loads(answer))
 
 
 def _rank(backend: str, meeting: str, rank: int, limit: float) -> list[Link]:

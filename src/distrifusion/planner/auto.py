@@ -13,7 +13,7 @@ from distrifusion.planner.blueprint import Blueprint, open_blueprint
 from distrifusion.planner.calibration import calibrated
 from distrifusion.planner.candidates import Fidelity
 from distrifusion.planner.choice import Ranking, rank
-from distrifusion.planner.prediction import Costs
+from distrifusion.planner.costs import Costs
 from distrifusion.runtime.devices import threads_per_rank
 
 AUTO = "auto"
@@ -22,8 +22,12 @@ _STEPS = 30  # where nobody says how many
 
 
 def counts_of(num_devices: int) -> list[int]:
-    """Numbers of devices that are weighed: all, their divisors, and one."""
-    return [n for n in range(1, num_devices + 1) if num_devices % n == 0]
+    """Numbers of devices that are weighed: all, their divisors, and the largest power of two among them.
+
+    Of three devices two can be faster: branches of guidance, or two bands of a picture that three do not divide.
+    """
+    power = 1 << max(num_devices, 1).bit_length() - 1
+    return [n for n in range(1, num_devices + 1) if num_devices % n == 0 or n == power]
 
 
 def fidelity(word: str | Fidelity) -> Fidelity:
@@ -35,8 +39,10 @@ def fidelity(word: str | Fidelity) -> Fidelity:
 
 def model_size(blueprint: Blueprint) -> tuple[int, int]:
     """Width and height in pixels that the denoiser was made for."""
-    size = getattr(blueprint.denoiser.config, "sample_size", None) or 128
+    config: Any = blueprint.denoiser.config
+    size = getattr(config, "sample_size", None) or 128
     rows, columns = size if isinstance(size, Sequence) else (size, size)
+    rows, columns = getattr(config, "sample_height", rows), getattr(config, "sample_width", columns)
     return int(columns) * blueprint.factor, int(rows) * blueprint.factor
 
 
@@ -74,8 +80,8 @@ def choose(
     given = keywords or {}
     dtype = given.get("dtype", given.get("torch_dtype", FLOAT32))
     blueprint = open_blueprint(os.fspath(source), dtype, guided)
-    costs = Costs(blueprint, blueprint.arguments(*(size or model_size(blueprint))))
-    found = calibrated(blueprint, where[0], threads or threads_per_rank(where))
+    costs = Costs.of_size(blueprint, *(size or model_size(blueprint)))
+    found = calibrated(blueprint, where[0], threads or threads_per_rank(where), len(where))
     for name, before in found.stale.items():
         say(f"the calibration was made with {name} {before}; measured again")
-    return rank(costs, counts_of(len(where)), wanted, found.speed, found.links, steps, drawable_only=True)
+    return rank(costs, counts_of(len(where)), wanted, found.speed, found.links, steps)

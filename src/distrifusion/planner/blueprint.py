@@ -10,14 +10,16 @@ from typing import Any
 
 import diffusers
 import torch
+import transformers
 from diffusers import DiffusionPipeline
 from torch import nn
 
 from distrifusion.errors import ConfigError, UnsupportedModel
-from distrifusion.planner.calls import Arguments, arguments, branches
+from distrifusion.planner.calls import Arguments, arguments, branches, calls_per_step
 from distrifusion.runtime import source
 
 _DENOISERS = ("unet", "transformer")
+_NOTHING = (None, None)  # a component that a pipeline has not
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,8 @@ class Blueprint:
         factor: pixels per row of the latents.
         others: bytes of the weights of all other components.
         guided: whether a picture takes two rows of the batch.
+        vae: the autoencoder on the meta device; None if it is not known.
+        encoders: of the prompt, on the meta device, as far as they are known.
     """
 
     name: str
@@ -39,12 +43,27 @@ class Blueprint:
     factor: int
     others: int
     guided: bool
+    vae: nn.Module | None = None
+    encoders: tuple[nn.Module, ...] = ()
 
     @property
     def weights(self) -> int:
         """Bytes of the denoiser's weights."""
         held = (*self.denoiser.parameters(), *self.denoiser.buffers())
         return sum(t.numel() * (self.dtype.itemsize if t.is_floating_point() else t.element_size()) for t in held)
+
+    @property
+    def calls_per_step(self) -> int:
+        """Denoiser calls of a step."""
+        return calls_per_step(self.denoiser) if self.guided else 1
+
+    def latents(self, width: int, height: int, pictures: int = 1) -> torch.Tensor | None:
+        """What the VAE decodes [B, C, H, W], on the meta device; None for one that says no number of channels."""
+        channels = getattr(getattr(self.vae, "config", None), "latent_channels", None)
+        if channels is None:
+            return None
+        shape = (pictures, channels, height // self.factor, width // self.factor)
+        return torch.empty(shape, dtype=self.dtype, device="meta")
 
     def arguments(self, width: int, height: int, pictures: int = 1) -> Arguments:
         """Of one denoiser call for pictures of a size in pixels.
@@ -77,13 +96,17 @@ def open_blueprint(model: str, dtype: torch.dtype, guided: bool = True) -> Bluep
     assert isinstance(found.origin, str)
     folder = Path(found.origin)
     index = _index(folder) if folder.is_dir() else DiffusionPipeline.load_config(found.origin)
-    name = next((name for name in _DENOISERS if index.get(name, (None, None))[0] is not None), None)
+    name = next((name for name in _DENOISERS if index.get(name, _NOTHING)[0] is not None), None)
     if name is None:
         raise UnsupportedModel(f"'{model}' has neither a unet nor a transformer, so no plan divides it")
     denoiser = _on_meta(found.origin, name, index[name][1], dtype)
     others = sum(_weight(folder, part, dtype) for part in index if part != name) if folder.is_dir() else 0
     factor = (found.facts.vae_factor if found.facts else None) or 8
-    return Blueprint(model, denoiser, dtype, factor, others, guided)
+    vae = _on_meta(found.origin, "vae", index["vae"][1], dtype) if index.get("vae", _NOTHING)[1] else None
+    encoders = tuple(
+        e for part in index if part.startswith("text_encoder") and (e := _encoder(found.origin, part, index))
+    )
+    return Blueprint(model, denoiser, dtype, factor, others, guided, vae, encoders)
 
 
 def of_config(name: str, cls: type, config: Mapping[str, Any], dtype: torch.dtype, others: int = 0) -> Blueprint:
@@ -96,6 +119,20 @@ def _on_meta(origin: str, part: str, class_name: str, dtype: torch.dtype) -> nn.
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
         raise UnsupportedModel(f"the {part} of '{origin}' is a {class_name}, which diffusers does not have")
     return _empty(cls, cls.load_config(origin, subfolder=part), dtype)  # type: ignore[attr-defined]
+
+
+def _encoder(origin: str, part: str, index: Mapping[str, Any]) -> nn.Module | None:
+    """A text encoder of the transformers library on the meta device; None where there is none or it cannot be made."""
+    library, name = index.get(part, _NOTHING)
+    cls = getattr(transformers, name, None) if library == "transformers" else None
+    if cls is None:
+        return None
+    try:
+        config = cls.config_class.from_pretrained(origin, subfolder=part)
+        with torch.device("meta"):
+            return cls(config).eval()
+    except (OSError, RuntimeError, TypeError, ValueError, AttributeError):
+        return None
 
 
 def _empty(cls: type, config: Mapping[str, Any], dtype: torch.dtype) -> nn.Module:

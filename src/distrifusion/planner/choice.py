@@ -6,14 +6,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from distrifusion.denoiser import ParallelDenoiser
 from distrifusion.errors import ConfigError, DistrifusionError
 from distrifusion.memory.free import size_in_words
 from distrifusion.plan import Plan
 from distrifusion.planner.candidates import Fidelity, fidelity_of, plans
+from distrifusion.planner.costs import Costs
 from distrifusion.planner.links import Links
-from distrifusion.planner.prediction import Costs, Prediction, predict
-from distrifusion.planner.rehearsal import SilentTransport
+from distrifusion.planner.prediction import Prediction, predict
 from distrifusion.planner.speeds import Speed
 
 # A plan must be predicted to be faster by this much than a simpler one to be taken in its place.
@@ -89,8 +88,7 @@ def rank(
     steps: int,
     *,
     pictures: int = 1,
-    outside: float = 0.0,
-    drawable_only: bool = False,
+    outside: float | None = None,
 ) -> Ranking:
     """Predict all plans for some numbers of devices and take one.
 
@@ -101,22 +99,17 @@ def rank(
         speed, links: of the devices.
         steps: of a picture, at least 1.
         pictures: of one call.
-        outside: seconds of a picture outside the denoiser.
-        drawable_only: leave out what this library cannot draw with.
+        outside: seconds of a picture outside the denoiser; None: as far as they are known.
 
     Raises:
         ConfigError: if a number cannot work, or even one device has not enough memory.
     """
     if steps < 1:
         raise ConfigError(f"{steps} steps: at least one is taken")
-    model = costs.blueprint.denoiser
     alone = predict(costs, Plan(), speed, links, steps, outside)
     predictions, refused = [], []
     for plan in _all_plans(costs, {1, *counts}, wish, pictures):
         try:
-            # All others are drawn with by being rehearsed.
-            if drawable_only and plan.owns_weights:
-                check_drawable(model, plan)
             prediction = alone if plan == Plan() else predict(costs, plan, speed, links, steps, outside)
         except DistrifusionError as error:
             refused.append(Refused(str(plan), str(error)))
@@ -141,12 +134,3 @@ def _choose(predictions: Sequence[Prediction]) -> Prediction:
     """The fastest; of those as fast within the margin, one device before several, then an exact one before others."""
     near = [p for p in predictions if p.per_picture <= _MARGIN * predictions[0].per_picture]
     return min(near, key=lambda p: (p.plan.num_ranks > 1, not p.plan.exact, p.per_picture))
-
-
-def check_drawable(model: Any, plan: Plan) -> None:
-    """Check that this library can draw with a plan; raises PlanError or UnsupportedModel where it cannot."""
-    denoiser = ParallelDenoiser(model, plan, SilentTransport(0, plan.num_ranks, {}))
-    try:
-        denoiser.attach()
-    finally:
-        denoiser.detach()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, Self
 
@@ -20,10 +22,44 @@ class Link:
     Attributes:
         latency: seconds that a wait for a message costs beside its bytes, at least 0.
         bandwidth: bytes per second of one device, each way, all its peers together; above 0.
+        measured: sizes in bytes and seconds, both growing, between which is interpolated; empty: the two above say it.
     """
 
     latency: float
     bandwidth: float
+    measured: tuple[tuple[int, float], ...] = ()
+
+    @classmethod
+    def of(cls, measured: Sequence[tuple[int, float]]) -> Self:
+        """From seconds by size, the smallest first; a larger message is never said to take less."""
+        sizes = [size for size, _ in measured]
+        points = tuple(zip(sizes, accumulate((seconds for _, seconds in measured), max), strict=True))
+        (first, latency), (last, seconds) = points[0], points[-1]
+        return cls(latency, (last - first) / max(seconds - latency, 1e-9), points)
+
+    def seconds(self, num_bytes: int) -> float:
+        """From a post to the end of the wait for it."""
+        points = self.measured
+        if not points or num_bytes >= points[-1][0]:
+            return num_bytes / self.bandwidth + self.latency
+        at = bisect_right(points, num_bytes, key=lambda point: point[0])
+        if at == 0:
+            return points[0][1]
+        (size, seconds), (larger, longer) = points[at - 1], points[at]
+        return seconds + (longer - seconds) * (num_bytes - size) / (larger - size)
+
+    @classmethod
+    def from_dict(cls, row: Mapping[str, Any]) -> Self:
+        """From JSON."""
+        points = tuple((int(size), float(seconds)) for size, seconds in row.get("measured", ()))
+        return cls(float(row["latency"]), float(row["bandwidth"]), points)
+
+    @property
+    def usable(self) -> bool:
+        """Whether these are values that can be."""
+        grows = all(a < b and s <= t for (a, s), (b, t) in pairwise(self.measured))
+        numbers = (self.latency, self.bandwidth, *(seconds for _, seconds in self.measured))
+        return all(map(math.isfinite, numbers)) and self.bandwidth > 0 and min(numbers) >= 0 and grows
 
 
 @dataclass(frozen=True)
@@ -37,6 +73,7 @@ class Links:
         per_node: devices of a machine, at least 1.
         overlap: share of the time in which a device computes and sends at once that is really gained, 0 to 1.
         source: where the figures are from.
+        pairs: links of two devices of one machine that were measured, by their ranks "0-1"; others are `within`.
     """
 
     name: str
@@ -45,46 +82,45 @@ class Links:
     per_node: int
     overlap: float
     source: str
+    pairs: Mapping[str, Link] = field(default_factory=dict)
 
     def seconds(self, post: Post, rank: int) -> float:
         """How long messages of one rank take from their post to their arrival."""
-        near, far = (self._bytes(post, rank, same) for same in (True, False))
-        if not post.sent and not post.received:
-            return 0.0
-        # Both ways out of a machine and within it carry at the same time.
-        times = [near / self.within.bandwidth + self.within.latency] if near or not far else []
-        times += [far / self.between.bandwidth + self.between.latency] if far else []
-        return max(times)
+        ways = [self._seconds(way, rank) for way in (post.sent, post.received) if way]
+        return max(ways, default=0.0)
 
-    def _bytes(self, post: Post, rank: int, same: bool) -> int:
+    def _seconds(self, way: Mapping[int, int], rank: int) -> float:
+        """Messages one way: by one link after the other, while the ways out of a machine carry at the same time."""
         node = rank // self.per_node
-        ways = (
-            sum(n for peer, n in way.items() if (peer // self.per_node == node) is same)
-            for way in (post.sent, post.received)
-        )
-        return max(ways)
+        near: dict[Link, int] = {}
+        for peer, num_bytes in way.items():
+            if peer // self.per_node == node:
+                link = self.pairs.get(f"{min(rank, peer)}-{max(rank, peer)}", self.within)
+                near[link] = near.get(link, 0) + num_bytes
+        far = sum(n for peer, n in way.items() if peer // self.per_node != node)
+        inside = sum(link.seconds(n) for link, n in near.items())
+        return max(inside, self.between.seconds(far) if far else 0.0)
 
     @classmethod
     def from_dict(cls, row: Mapping[str, Any]) -> Self:
         """From JSON; raises ConfigError on a value that cannot work."""
         try:
-            within, between = (
-                Link(float(row[w]["latency"]), float(row[w]["bandwidth"])) for w in ("within", "between")
-            )
+            within, between = (Link.from_dict(row[way]) for way in ("within", "between"))
+            pairs = {str(pair): Link.from_dict(link) for pair, link in row.get("pairs", {}).items()}
             links = cls(
-                str(row["name"]), within, between, int(row["per_node"]), float(row["overlap"]), str(row["source"])
-            )
-        except (KeyError, TypeError, ValueError) as error:
+                str(row["name"]), within, between, int(row["per_node"]), float(row["overlap"]), str(row["source"]),
+                pairs,
+            )  # fmt: skip
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ConfigError(
                 f"a link profile has no usable {error}; it holds name, within and between (each latency in seconds and "
                 "bandwidth in bytes per second), per_node, overlap and source"
             ) from error
-        numbers = (within.latency, between.latency, within.bandwidth, between.bandwidth, links.overlap)
-        positive = min(within.bandwidth, between.bandwidth) > 0 and min(within.latency, between.latency) >= 0
-        if not all(map(math.isfinite, numbers)) or not positive or links.per_node < 1 or not 0 <= links.overlap <= 1:
+        usable = all(link.usable for link in (within, between, *pairs.values()))
+        if not usable or links.per_node < 1 or not 0 <= links.overlap <= 1:
             raise ConfigError(
-                f"link profile '{links.name}': bandwidths are above 0, latencies at least 0, per_node at least 1 and "
-                "overlap 0 to 1"
+                f"link profile '{links.name}': bandwidths are above 0, latencies at least 0, sizes and seconds that "
+                "were measured grow, per_node is at least 1 and overlap 0 to 1"
             )
         return links
 

@@ -17,7 +17,6 @@ from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
@@ -59,16 +58,6 @@ class Operations:
         """All kernels."""
         return self.calls.total() + self.others
 
-    def part(self, share: float, launches: float = 1.0) -> Operations:
-        """A share of the work, in so many times as many kernels."""
-        return Operations(
-            Counter({kind: round(n * share) for kind, n in self.flops.items()}),
-            Counter({kind: round(n * launches) for kind, n in self.calls.items()}),
-            round(self.moved * share),
-            round(self.others * launches),
-            round(self.peak * share),
-        )
-
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         return {
@@ -91,34 +80,19 @@ class Counting(TorchDispatchMode):
 
     Attention is counted where it is called, by the definition: a kernel that never holds the scores computes as many.
 
-    Args:
-        model: its direct blocks (see `blocks_of`) are counted by themselves too.
-
     Attributes:
         operations: everything so far.
-        by_block: operations of each block, by name.
-        outputs: bytes of what each block gave when it ran last.
     """
 
-    def __init__(self, model: nn.Module | None = None) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.operations = Operations()
-        self.by_block: Counter[str] = Counter()
-        self.outputs: dict[str, int] = {}
-        self._blocks = blocks_of(model) if model is not None else {}
-        self._inside: list[str] = []
         self._held = 0
         self._known: set[int] = set()
         self._within_attention = False
         self._open = ExitStack()
 
     def __enter__(self) -> Self:
-        for name, block in self._blocks.items():
-            for hook in (
-                block.register_forward_pre_hook(self._enter_block(name)),
-                block.register_forward_hook(self._leave_block(name)),
-            ):
-                self._open.callback(hook.remove)
         self._open.enter_context(_AttentionByDefinition(self._attention))
         return super().__enter__()
 
@@ -145,8 +119,6 @@ class Counting(TorchDispatchMode):
     def _add(self, kind: LayerKind, flops: int) -> None:
         self.operations.flops[kind] += flops
         self.operations.calls[kind] += 1
-        for name in self._inside[-1:]:
-            self.by_block[name] += flops
 
     def _attention(
         self, run: Callable[[], torch.Tensor], query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
@@ -179,19 +151,6 @@ class Counting(TorchDispatchMode):
         self._known.discard(key)
         self._held -= size
 
-    def _enter_block(self, name: str) -> Callable[..., None]:
-        def enter(*_: Any) -> None:
-            self._inside.append(name)
-
-        return enter
-
-    def _leave_block(self, name: str) -> Callable[..., None]:
-        def leave(_module: Any, _args: Any, output: Any) -> None:
-            self._inside.pop()
-            self.outputs[name] = _bytes_of(output)
-
-        return leave
-
 
 class _AttentionByDefinition(TorchFunctionMode):
     """Lets `scaled_dot_product_attention` be counted where it is called."""
@@ -221,17 +180,6 @@ _KINDS = {
 def _attention_flops(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> int:
     """Of the scores, and of their product with the values."""
     return 2 * prod(query.shape[:-1]) * key.shape[-2] * (query.shape[-1] + value.shape[-1])
-
-
-def blocks_of(model: nn.Module) -> dict[str, nn.Module]:
-    """The pieces of a network that run one after the other, by name: members of its lists of blocks, and the rest."""
-    found: dict[str, nn.Module] = {}
-    for name, child in model.named_children():
-        if isinstance(child, nn.ModuleList):
-            found |= {f"{name}.{index}": block for index, block in enumerate(child)}
-        else:
-            found[name] = child
-    return found
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:

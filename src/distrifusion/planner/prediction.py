@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, astuple, dataclass, replace
+from functools import partial
 from typing import Any
 
-from distrifusion.mesh import RankGrid
-from distrifusion.nested import map_tensors
 from distrifusion.plan import Plan
-from distrifusion.planner.blueprint import Blueprint
-from distrifusion.planner.calls import Arguments
-from distrifusion.planner.depth import Undivided, by_formula, undivided
+from distrifusion.planner.costs import Costs
 from distrifusion.planner.links import Links
-from distrifusion.planner.rehearsal import CallWork, Rehearsed, rehearse
+from distrifusion.planner.rehearsal import CallWork, Rehearsed
 from distrifusion.planner.speeds import Speed
 
 
 @dataclass(frozen=True)
 class CallTime:
-    """Seconds of one denoiser call of the busiest rank.
+    """Seconds of a step of the busiest rank: of its denoiser call, or of two where branches of guidance come apart.
 
     Attributes:
         computing: the work.
@@ -45,7 +43,8 @@ class Memory:
     Attributes:
         weights: of all components.
         kept: between denoiser calls.
-        activations: the most that a denoiser call holds at once; estimated from the lives of its tensors.
+        activations: the most that a denoiser call, or the decoding when what was kept has gone, holds at once beside;
+            estimated from the lives of tensors.
     """
 
     weights: int
@@ -54,7 +53,7 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """All of it; the VAE's activations come when those of the denoiser have gone."""
+        """All of it."""
         return self.weights + self.kept + self.activations
 
 
@@ -71,7 +70,6 @@ class Prediction:
         outside: seconds of a picture outside the denoiser.
         memory: of the busiest rank.
         sent: bytes that a rank sends in a steady call.
-        formula: whether the costs come from a formula, not from the code that draws.
     """
 
     plan: Plan
@@ -83,7 +81,6 @@ class Prediction:
     outside: float
     memory: Memory
     sent: int
-    formula: bool
 
     @property
     def per_step(self) -> float:
@@ -129,97 +126,91 @@ class Prediction:
             "memory": {**asdict(self.memory), "total": self.memory.total},
             "sent_per_step": self.sent,
             "exact": self.plan.exact,
-            "by_formula": self.formula,
         }
 
 
-class Costs:
-    """What plans cost for one model, size and number of pictures; each is rehearsed once.
+def predict(
+    costs: Costs, plan: Plan, speed: Speed, links: Links, steps: int, outside: float | None = None
+) -> Prediction:
+    """What a plan takes; raises PlanError where it cannot divide the model.
 
     Args:
-        blueprint: the pipeline.
-        arguments: of one denoiser call.
+        costs: of the model and size.
+        plan: what is predicted.
+        speed, links: of the devices.
+        steps: of a picture.
+        outside: seconds of a picture outside the denoiser; None: those of encoding and decoding, as far as known.
     """
-
-    def __init__(self, blueprint: Blueprint, arguments: Arguments) -> None:
-        self.blueprint = blueprint
-        self.arguments = arguments
-        self._known: dict[Plan, Rehearsed] = {}
-        self._wholes: dict[int, Undivided] = {}
-
-    def put(self, plan: Plan, rehearsed: Rehearsed) -> None:
-        """Take what was rehearsed before."""
-        self._known[_key(plan)] = rehearsed
-
-    @property
-    def num_rows(self) -> int:
-        """Rows of the batch of a call."""
-        sample = self.arguments.get("sample", self.arguments.get("hidden_states"))
-        assert sample is not None
-        return sample.shape[0]
-
-    def of(self, plan: Plan) -> Rehearsed:
-        """The calls of a plan's busiest rank; raises PlanError where it cannot divide the model."""
-        key = _key(plan)
-        if key not in self._known:
-            self._known[key] = (
-                by_formula(self.blueprint.denoiser, plan, self.whole(plan))
-                if plan.owns_weights
-                else rehearse(self.blueprint.denoiser, key, self.arguments)
-            )
-        return self._known[key]
-
-    def whole(self, plan: Plan | None = None) -> Undivided:
-        """An undivided call of a plan's part of the batch."""
-        rows = len(RankGrid(plan, 0).layout(self.num_rows).rows) if plan else self.num_rows
-        if rows not in self._wholes:
-            self._wholes[rows] = undivided(self.blueprint.denoiser, _first_rows(self.arguments, rows, self.num_rows))
-        return self._wholes[rows]
-
-
-def _key(plan: Plan) -> Plan:
-    """Plans that differ in this alone have the same calls."""
-    return replace(plan, warmup=0, timed=False, resync=None)
-
-
-def _first_rows(arguments: Arguments, rows: int, num_rows: int) -> Arguments:
-    def cut(x: Any) -> Any:
-        return x[:rows] if x.dim() and x.shape[0] == num_rows else x
-
-    return map_tensors(arguments, cut)
-
-
-def predict(costs: Costs, plan: Plan, speed: Speed, links: Links, steps: int, outside: float = 0.0) -> Prediction:
-    """What a plan takes; raises PlanError where it cannot divide the model."""
     work = costs.of(plan)
-    fresh, steady = (_time(call, work.rank, plan, speed, links) for call in (work.fresh, work.steady))
-    num_pieces = plan.pieces or plan.stages
+    clock = partial(_time, rank=work.rank, plan=plan, speed=speed, links=links)
+    chain = _one_after_the_other(costs, plan, work)
+    fresh = clock(chain or work.fresh)
+    if chain is not None and plan.exact:
+        steady = fresh
+    else:
+        steady = _mean([clock(_flowing(call, plan)) for call in work.cycle])
+    num_pieces, num_calls = plan.pieces or plan.stages, costs.blueprint.calls_per_step
+    sent = sum(sum(post.sent.values()) for call in work.cycle for post in call.posts)
     return Prediction(
         plan=plan,
         steps=steps,
-        fresh=fresh,
-        steady=steady,
+        fresh=_several(fresh, num_calls),
+        steady=_several(steady, num_calls),
         num_fresh=0 if plan.exact else plan.num_synchronous,
-        bubble=(plan.stages - 1) / num_pieces if plan.stages > 1 else 0.0,
-        outside=outside,
+        bubble=(plan.stages - 1) / num_pieces if plan.stages > 1 and plan.late else 0.0,
+        outside=_outside(costs, plan, speed, links) if outside is None else outside,
         memory=_memory(costs, plan, work),
-        sent=sum(sum(post.sent.values()) for post in work.steady.posts),
-        formula=plan.owns_weights,
+        sent=round(sent * num_calls / len(work.cycle)),
     )
 
 
+def _one_after_the_other(costs: Costs, plan: Plan, work: Rehearsed) -> CallWork | None:
+    """A synchronous call of stages or components, which run one after the other: their work and borders in a row."""
+    num_parts = max(plan.stages, plan.components)
+    if num_parts == 1:
+        return None
+    call = work.fresh if plan.stages > 1 else work.steady
+    posts = [replace(post, waited=True) for post in call.posts if post.num_bytes > 1]
+    # What a part receives crosses every border once; what it sends is what the next one receives, or the prediction.
+    coming = [post for post in posts if post.received]
+    return CallWork(costs.whole(plan).operations, posts=(num_parts - 1) * coming + [p for p in posts if not p.received])
+
+
+def _flowing(call: CallWork, plan: Plan) -> CallWork:
+    """A call of a stage: while a piece arrives others are computed, so nobody waits for one."""
+    return replace(call, posts=[replace(p, waited=False) for p in call.posts]) if plan.stages > 1 else call
+
+
+def _mean(times: Sequence[CallTime]) -> CallTime:
+    return CallTime(*(sum(parts) / len(times) for parts in zip(*map(astuple, times), strict=True)))
+
+
+def _several(time: CallTime, num_calls: int) -> CallTime:
+    return CallTime(*(num_calls * part for part in astuple(time)))
+
+
 def _time(call: CallWork, rank: int, plan: Plan, speed: Speed, links: Links) -> CallTime:
-    slower = speed.divided if plan.num_ranks > 1 else 1.0
-    computing, launching = speed.computing(call.operations) * slower, speed.launching(call.operations)
+    turns = speed.turns(plan.num_ranks)
+    computing = speed.computing(call.operations) * turns * (speed.divided if plan.num_ranks > 1 else 1.0)
+    launching = turns * (speed.launching(call.operations) + len(call.posts) * speed.post)
     waiting = sum(links.seconds(post, rank) for post in call.posts if post.waited)
     under_way = sum(links.seconds(post, rank) for post in call.posts if not post.waited)
     hidden = links.overlap * min(under_way, computing + launching)
     return CallTime(computing, launching, waiting, under_way - hidden)
 
 
+def _outside(costs: Costs, plan: Plan, speed: Speed, links: Links) -> float:
+    """Seconds of the prompt, which one rank encodes, and of the pictures, which all decode."""
+    decoding = costs.decoding(plan)
+    decoded = 0.0 if decoding is None else _time(decoding, 0, plan, speed, links).total
+    return decoded + sum(speed.seconds(work) for work in costs.encoding())
+
+
 def _memory(costs: Costs, plan: Plan, work: Rehearsed) -> Memory:
-    own = plan.tp * plan.stages
-    weights = costs.blueprint.weights // own + costs.blueprint.others
+    kept = work.steady.kept * costs.blueprint.calls_per_step  # each of them has its own
     # The first call makes what is kept, so it is among what that call holds.
-    activations = max(work.fresh.operations.peak - work.fresh.kept, work.steady.operations.peak)
-    return Memory(weights, work.steady.kept, activations)
+    peak = max(call.operations.peak for call in work.cycle)
+    activations = max(work.fresh.operations.peak - work.fresh.kept, peak)
+    if (decoding := costs.decoding(plan)) is not None:
+        activations = max(activations, decoding.operations.peak - kept)
+    return Memory(work.weights + costs.blueprint.others, kept, activations)

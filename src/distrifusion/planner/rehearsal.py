@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Self
 
 import torch
@@ -23,8 +24,9 @@ from distrifusion.plan import Plan
 from distrifusion.planner.calls import Arguments
 from distrifusion.planner.operations import Counting, Operations
 
-# Numbers that ranks tell each other in a call, by the message's tag.
-Said = dict[int, torch.Tensor]
+# Numbers that ranks tell each other, by the call and the message's tag.
+Said = dict[tuple[int, int], torch.Tensor]
+_ROUNDS = 3  # of hearing what others say
 
 
 @dataclass
@@ -77,21 +79,46 @@ class CallWork:
 
 @dataclass(frozen=True)
 class Rehearsed:
-    """The calls of one rank: the first one of a request, and one after the warm-up.
+    """The calls of one rank of a request.
 
     Attributes:
         rank: whose.
-        fresh: a synchronous call.
-        steady: a call after the warm-up.
+        weights: bytes of the model's weights that it works with.
+        fresh: the first call, which is synchronous.
+        cycle: calls after the warm-up, which repeat; more than one where components run in some of them alone.
     """
 
     rank: int
+    weights: int
     fresh: CallWork
-    steady: CallWork
+    cycle: tuple[CallWork, ...]
+
+    @property
+    def steady(self) -> CallWork:
+        """The first call of the cycle."""
+        return self.cycle[0]
+
+    @property
+    def work(self) -> int:
+        """Operations of a cycle."""
+        return sum(call.operations.total for call in self.cycle)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        cycle = [call.as_dict() for call in self.cycle]
+        return {"rank": self.rank, "weights": self.weights, "fresh": self.fresh.as_dict(), "cycle": cycle}
+
+    @classmethod
+    def from_dict(cls, row: Mapping[str, Any]) -> Self:
+        """From JSON."""
+        cycle = tuple(CallWork.from_dict(call) for call in row["cycle"])
+        return cls(row["rank"], row["weights"], CallWork.from_dict(row["fresh"]), cycle)
 
 
 class SilentTransport:
     """A rank's transport without peers: notes what is posted, and hands back what it was told that they say.
+
+    What they say are whole numbers; other tensors are left as they are.
 
     Args:
         rank, world_size: of the rank.
@@ -112,13 +139,14 @@ class SilentTransport:
         self.call += 1
 
     def post(self, sends: Sequence[Message], receives: Sequence[Message]) -> _Silence:
-        """Note the messages; tensors with values are answered with what the peer said, or with the own."""
+        """Note the messages; numbers are answered with what the peer said, or with the own."""
         for message in sends:
-            if not message.tensor.is_meta:
-                self.said[message.tag] = message.tensor.clone()
+            if _are_numbers(message.tensor):
+                self.said[self.call, message.tag] = message.tensor.clone()
         for message in receives:
-            if not message.tensor.is_meta:
-                message.tensor.copy_(self._told.get(message.peer, self.said).get(message.tag, self.said[message.tag]))
+            if _are_numbers(message.tensor):
+                key = self.call, message.tag
+                message.tensor.copy_(self._told.get(message.peer, self.said).get(key, self.said[key]))
         post = Post(_by_peer(sends), _by_peer(receives))
         self.posts.append(post)
         return _Silence(self, post, self.call)
@@ -138,6 +166,10 @@ class _Silence:
 
     def wait(self) -> None:
         self.post.waited |= self.transport.call == self.call
+
+
+def _are_numbers(tensor: torch.Tensor) -> bool:
+    return tensor.dtype == torch.int64 and not tensor.is_meta
 
 
 def _numbered(by_rank: Mapping[str, int]) -> dict[int, int]:
@@ -164,29 +196,53 @@ def rehearse(model: nn.Module, plan: Plan, arguments: Arguments, rank: int | Non
     Raises:
         PlanError, UnsupportedModel: if the plan cannot divide the model.
     """
-    rank = busiest_rank(model, plan, arguments) if rank is None else rank
-    calls, said = _calls(model, plan, arguments, rank, {})
-    if said:
-        # Parts of tokens differ by one where they do not divide: then each rank's numbers are heard.
-        team = RankGrid(plan, rank).layout(_sample(arguments).shape[0]).team
-        ends = {peer: _calls(model, plan, arguments, peer, {})[1] for peer in {team[0], team[-1]} - {rank}}
-        if any(not torch.equal(ours, said[tag]) for theirs in ends.values() for tag, ours in theirs.items()):
-            told = {peer: _calls(model, plan, arguments, peer, {})[1] for peer in team if peer != rank}
-            calls, _ = _calls(model, plan, arguments, rank, told)
-    return Rehearsed(rank, *calls)
+    if rank is not None:
+        return _rehearse(model, plan, arguments, rank)
+    # Of those that do as much the last one, which gives the prediction.
+    found = [_rehearse(model, plan, arguments, r) for r in _candidates(model, plan, arguments)]
+    return max(found, key=lambda r: (r.work, r.rank))
 
 
-def busiest_rank(model: nn.Module, plan: Plan, arguments: Arguments) -> int:
-    """A rank with the largest band; of those the one nearest to the middle, which has two neighbours."""
+def _rehearse(model: nn.Module, plan: Plan, arguments: Arguments, rank: int) -> Rehearsed:
+    """One rank's calls, when it has been heard what the others say.
+
+    They are first taken to have as many tokens as the rank itself. Where tokens do not divide, that is wrong by one: a
+    call may then fail, but not before the rank has said its own numbers, and with those it comes further.
+    """
+    run = partial(_calls, model, plan, arguments)
+    found, said, _ = run(rank, {})
+    team = RankGrid(plan, rank).layout(_sample(arguments).shape[0]).team
+    if found is not None:
+        ends = {peer: run(peer, {})[1] for peer in {team[0], team[-1]} - {rank}} if said else {}
+        if all(torch.equal(ours, said[key]) for theirs in ends.values() for key, ours in theirs.items() if key in said):
+            return found
+    heard: dict[int, Said] = {}
+    for _ in range(_ROUNDS):
+        heard = {peer: run(peer, heard)[1] for peer in team}
+        found, _, error = run(rank, heard)
+        if found is not None:
+            return found
+    assert error is not None
+    raise error
+
+
+def _candidates(model: nn.Module, plan: Plan, arguments: Arguments) -> Sequence[int]:
+    """Ranks of which one is the busiest.
+
+    Of stages and components that is known when all have run; of bands it is one of the largest, of those the one
+    nearest to the middle, which has two neighbours; otherwise the first ranks have as much as any, or one more.
+    """
     sample = _sample(arguments)
     anatomy = anatomy_of(model)
     layout = RankGrid(plan, 0).layout(sample.shape[0])
-    if isinstance(anatomy, TokenAnatomy):
-        return 0
+    if plan.stages > 1 or plan.components > 1:
+        return layout.team[:: plan.ulysses]
+    if plan.tp > 1 or isinstance(anatomy, TokenAnatomy):
+        return (0,)
     levels = partition_levels(*sample.shape[2:], anatomy.num_levels(model), len(layout.team), plan.split)
     bands = levels[0].bands or ()
     middle = (len(layout.team) - 1) / 2
-    return max(layout.team, key=lambda r: (len(bands[r]) if bands else 0, -abs(r - middle)))
+    return (max(layout.team, key=lambda r: (len(bands[r]) if bands else 0, -abs(r - middle))),)
 
 
 def _sample(arguments: Arguments) -> torch.Tensor:
@@ -197,24 +253,38 @@ def _sample(arguments: Arguments) -> torch.Tensor:
 
 def _calls(
     model: nn.Module, plan: Plan, arguments: Arguments, rank: int, told: Mapping[int, Said]
-) -> tuple[list[CallWork], Said]:
-    """A fresh call and a steady one, and the numbers that the rank said to others."""
+) -> tuple[Rehearsed | None, Said, RuntimeError | None]:
+    """What a rank does, and the numbers that it said to others; or the error of a call that was told wrong numbers."""
     transport = SilentTransport(rank, plan.num_ranks, told)
     # One call of the warm-up is like another, and nobody can say without values when they have drifted too far.
     denoiser = ParallelDenoiser(model, replace(plan, warmup=0, timed=False, resync=None), transport)
     denoiser.attach()
     try:
-        with torch.no_grad():
-            denoiser.open("rehearsal")
-            works = [_one(model, denoiser, transport, arguments)]
-            # In the first call of a transformer ranks also tell each other how many tokens they have.
-            if transport.said or not plan.exact:
-                works.append(_one(model, denoiser, transport, arguments))
-            transport.begin()  # what is still under way was not waited for by a call
-            denoiser.close()
+        weights = denoiser.weight_bytes
+        fresh, cycle = _request(model, denoiser, transport, arguments)
+    except RuntimeError as error:
+        return None, transport.said, error
     finally:
         denoiser.detach()
-    return [works[0], works[-1]], transport.said
+    return Rehearsed(rank, weights, fresh, cycle), transport.said, None
+
+
+def _request(
+    model: nn.Module, denoiser: ParallelDenoiser, transport: SilentTransport, arguments: Arguments
+) -> tuple[CallWork, tuple[CallWork, ...]]:
+    """The first call of a request, and a cycle of those after its warm-up."""
+    plan = denoiser.plan
+    with torch.no_grad():
+        denoiser.open("rehearsal")
+        fresh = _one(model, denoiser, transport, arguments)
+        cycle = [fresh]
+        # In the first call of a transformer ranks also tell each other how many tokens they have, and components are
+        # found.
+        if transport.said or not plan.exact or plan.components > 1:
+            cycle = [_one(model, denoiser, transport, arguments) for _ in range(plan.stride)]
+        transport.begin()  # what is still under way was not waited for by a call
+        denoiser.close()
+    return fresh, tuple(cycle)
 
 
 def _one(model: nn.Module, denoiser: ParallelDenoiser, transport: SilentTransport, arguments: Arguments) -> CallWork:
@@ -223,6 +293,5 @@ def _one(model: nn.Module, denoiser: ParallelDenoiser, transport: SilentTranspor
     transport.begin()
     with Counting() as counting:
         model(**arguments)
-    return CallWork(
-        counting.operations, Counter(denoiser.exchange.bytes_sent), transport.posts, denoiser.pool.num_bytes
-    )
+    sent = Counter({kind: n for kind, n in denoiser.exchange.bytes_sent.items() if n})
+    return CallWork(counting.operations, sent, transport.posts, denoiser.pool.num_bytes)

@@ -21,7 +21,9 @@ class Speed:
         bandwidth: bytes per second that other kernels read and write.
         layer: seconds that every kernel of a layer costs beside its operations: small bands are less efficient by it.
         launch: seconds that every other kernel costs beside its bytes.
+        post: seconds of own work for every message or set of messages that leaves at once, beside their bytes.
         divided: factor by which a divided call takes longer than its share of the work says.
+        places: ranks that compute at once on this machine; more take turns. 0 where each rank has a device.
         memory: bytes, 0 if not known.
         source: where the figures are from.
     """
@@ -31,7 +33,9 @@ class Speed:
     bandwidth: float
     layer: float
     launch: float
+    post: float
     divided: float
+    places: int
     memory: int
     source: str
 
@@ -42,6 +46,10 @@ class Speed:
     def launching(self, work: Operations) -> float:
         """Seconds for the kernels' start."""
         return work.calls.total() * self.layer + work.others * self.launch
+
+    def turns(self, num_ranks: int) -> float:
+        """By how much longer ranks take that have to share places."""
+        return max(1.0, num_ranks / self.places) if self.places else 1.0
 
     def seconds(self, work: Operations) -> float:
         """Seconds for an undivided call."""
@@ -65,40 +73,42 @@ class Speed:
         """From JSON; raises ConfigError on a value that cannot work."""
         try:
             rates = {kind: float(row["rates"][kind]) for kind in LayerKind}
-            bandwidth, layer, launch, divided = (float(row[n]) for n in ("bandwidth", "layer", "launch", "divided"))
-            name, memory, source = str(row["name"]), int(row["memory"]), str(row["source"])
+            names = ("bandwidth", "layer", "launch", "post", "divided")
+            bandwidth, layer, launch, post, divided = (float(row[name]) for name in names)
+            name, places, memory, source = str(row["name"]), int(row["places"]), int(row["memory"]), str(row["source"])
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"the speed of a device has no usable {error}; calibrate it again") from error
-        speed = cls(name, rates, bandwidth, layer, launch, divided, memory, source)
+        speed = cls(name, rates, bandwidth, layer, launch, post, divided, places, memory, source)
         positive = [*rates.values(), speed.bandwidth, speed.divided]
-        if not all(math.isfinite(x) and x > 0 for x in positive) or not 0 <= min(speed.layer, speed.launch) < math.inf:
+        costs = [speed.layer, speed.launch, speed.post, speed.places]
+        if min(positive) <= 0 or min(costs) < 0 or not all(map(math.isfinite, [*positive, *costs])):
             raise ConfigError(f"the speed of {speed.name} has a rate that is not above 0; calibrate it again")
         return speed
 
 
-_C, _L, _A = LayerKind.CONVOLUTION, LayerKind.LINEAR, LayerKind.ATTENTION
 _SHARE = "two thirds of the dense 16-bit rate for products, half for convolutions and attention"
 _FIT = "layer and divided fitted to half of the published rows of docs/scaling.md"
+
+
+def _gpu(
+    name: str, dense: float, bandwidth: float, gigabytes: int, source: str, layer: float = 15e-6, divided: float = 1.12
+) -> Speed:
+    """A GPU by its dense rate of 16-bit products, in operations per second."""
+    rates = {
+        LayerKind.CONVOLUTION: dense / 2,
+        LayerKind.LINEAR: dense * 2 / 3,
+        LayerKind.ATTENTION: dense / 2,
+    }
+    return Speed(name, rates, bandwidth, layer, 2e-6, 0.0, divided, 0, gigabytes * 10**9, f"{_SHARE}; {source}")
+
+
 DEVICES: dict[str, Speed] = {
     speed.name: speed
     for speed in (
-        Speed("a100", {_C: 156e12, _L: 208e12, _A: 156e12}, 1.5e12, 15e-6, 2e-6, 1.12, 80 * 10**9, f"{_SHARE}; {_FIT}"),
-        Speed(
-            "h100",
-            {_C: 495e12, _L: 660e12, _A: 495e12},
-            2.7e12,
-            20e-6,
-            2e-6,
-            1.09,
-            80 * 10**9,
-            f"{_SHARE}; A100's launch",
-        ),
-        Speed(
-            "a5000", {_C: 42e12, _L: 56e12, _A: 42e12}, 0.7e12, 15e-6, 2e-6, 1.12, 24 * 10**9, f"{_SHARE}; A100's layer"
-        ),
-        Speed(
-            "l20", {_C: 60e12, _L: 80e12, _A: 60e12}, 0.8e12, 15e-6, 2e-6, 1.12, 48 * 10**9, f"{_SHARE}; A100's launch"
-        ),
+        _gpu("a100", 312e12, 1.5e12, 80, _FIT),
+        _gpu("h100", 990e12, 2.7e12, 80, "A100's launch", 20e-6, 1.09),
+        _gpu("a5000", 84e12, 0.7e12, 24, "A100's layer"),
+        _gpu("l20", 120e12, 0.8e12, 48, "A100's launch"),
     )
 }
 # The device of each link profile, where none is named.

@@ -240,6 +240,7 @@ class _Listener(TokenStrategy):
         key: torch.Tensor,
         value: torch.Tensor,
         attn_mask: torch.Tensor | None = None,
+        *args: Any,
         **kwargs: Any,
     ) -> torch.Tensor:
         """Note the keys [B, N, L, D]; anything of the shape of the queries is an answer."""

@@ -58,7 +58,7 @@ def own_keys_alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def keys_that_are_never_renewed(monkeypatch: pytest.MonkeyPatch) -> None:
     def renew(self: PieceBuffer, index: int, num: int, *own: Any) -> Any:
-        return self._whole or (*self._room, self._bias)
+        return self._wholes[-1] if self._wholes else (*self._rooms[-1], self._bias)
 
     monkeypatch.setattr(PieceBuffer, "renew", renew)
 

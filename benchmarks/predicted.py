@@ -97,7 +97,10 @@ def draw(points: Sequence[Point], out: Path) -> None:
         axis.set_ticks([], minor=True)
     blank = {"linestyle": "", "markersize": 6}
     handles = [axes.plot([], [], "o", color=f"C{i}", label=case, **blank)[0] for i, case in enumerate(cases)]
-    handles += [axes.plot([], [], _MARKERS[i], color="black", markerfacecolor="none", label=m, **blank)[0] for i, m in enumerate(models)]
+    handles += [
+        axes.plot([], [], _MARKERS[i], color="black", markerfacecolor="none", label=m, **blank)[0]
+        for i, m in enumerate(models)
+    ]
     handles.append(axes.fill_between([], [], [], color="black", alpha=0.08, label="within 15 %"))
     figure.legend(handles=handles, loc="outside right center", frameon=False, fontsize=8)
     figure.savefig(out, dpi=110)

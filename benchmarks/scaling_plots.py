@@ -19,8 +19,8 @@ _POLICIES = {
     ".displaced": "displaced",
     ".displaced.all": "displaced.all (published)",
     ".delta4": "delta4",
-    "tp": "tensor parallel (formula)",
-    "async": "async (formula)",
+    "tp": "tensor parallel",
+    "async": "async",
 }
 _PARTS = {"compute": "#4878a8", "launch": "#e0a040", "link": "#b04040", "warm-up": "#888888"}
 

@@ -17,7 +17,7 @@ from distrifusion.denoiser import ParallelDenoiser
 from distrifusion.memory.prediction import pool_bytes
 from distrifusion.nested import map_tensors
 from distrifusion.planner.operations import Counting, LayerKind
-from distrifusion.planner.rehearsal import rehearse
+from distrifusion.planner.rehearsal import Heard, rehearse
 from models import UNETS, moved, sdxl_unet, share_weights, unet_inputs
 from transformers_tiny import FAMILIES
 
@@ -177,6 +177,15 @@ def test_the_busiest_stage_or_component_is_rehearsed() -> None:
         plan = Plan.parse(text)
         works = [rehearse(meta, plan, inputs, rank).work for rank in range(plan.num_ranks)]
         assert rehearse(meta, plan, inputs).work == max(works)
+
+
+@pytest.mark.parametrize("size", [(7, 5), (8, 6)])
+def test_what_was_heard_in_one_plan_holds_in_others(size: tuple[int, int]) -> None:
+    meta, inputs = FAMILIES["SD3"].make().to("meta"), on_meta(FAMILIES["SD3"].inputs(2, 2 * size[0], 2 * size[1]))
+    heard: Heard = {}
+    for text in ("patch2", "ulysses2", "cfg2.patch2", "patch2.displaced", "tp2", "pipe2.m2"):
+        assert rehearse(meta, Plan.parse(text), inputs, heard=heard) == rehearse(meta, Plan.parse(text), inputs)
+    assert set(heard) == {(0, 1)}
 
 
 def test_what_is_displaced_is_not_waited_for_in_its_call() -> None:

@@ -14,7 +14,7 @@ from distrifusion.planner.blueprint import Blueprint
 from distrifusion.planner.calls import Arguments
 from distrifusion.planner.operations import Operations
 from distrifusion.planner.outside import rehearse_decoding, rehearse_encoding
-from distrifusion.planner.rehearsal import CallWork, Rehearsed, rehearse
+from distrifusion.planner.rehearsal import CallWork, Heard, Rehearsed, rehearse
 
 
 class Costs:
@@ -33,6 +33,7 @@ class Costs:
         self._encoding: list[Operations] | None = None
         self._decoding: dict[tuple[int, Split], CallWork | None] = {}
         self._known: dict[Plan, Rehearsed] = {}
+        self._heard: Heard = {}
         self._wholes: dict[int, CallWork] = {}
 
     @classmethod
@@ -72,7 +73,7 @@ class Costs:
         """The calls of a plan's busiest rank; raises PlanError where it cannot divide the model."""
         key = _key(plan)
         if key not in self._known:
-            self._known[key] = rehearse(self.blueprint.denoiser, key, self.arguments)
+            self._known[key] = rehearse(self.blueprint.denoiser, key, self.arguments, heard=self._heard)
         return self._known[key]
 
     def whole(self, plan: Plan) -> CallWork:

@@ -102,7 +102,8 @@ class Prediction:
             "compute": steps * self.steady.computing,
             "launch": steps * self.steady.launching,
             "link": steps * (self.steady.waiting + self.steady.exposed),
-            "warm-up": self.per_picture - self.outside - steps * self.steady.total,
+            "warm-up": min(self.num_fresh, steps) * (self.fresh.total - self.steady.total)
+            + self.bubble * self.steady.total,
             "outside": self.outside,
         }
 

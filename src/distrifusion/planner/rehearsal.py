@@ -24,8 +24,9 @@ from distrifusion.plan import Plan
 from distrifusion.planner.calls import Arguments
 from distrifusion.planner.operations import Counting, Operations
 
-# Numbers that ranks tell each other, by the call and the message's tag.
+# Numbers that ranks tell each other, by the call and the message's tag; and those of all ranks of a team, by the team.
 Said = dict[tuple[int, int], torch.Tensor]
+Heard = dict[tuple[int, ...], dict[int, Said]]
 _ROUNDS = 3  # of hearing what others say
 
 
@@ -184,7 +185,9 @@ def _by_peer(messages: Sequence[Message]) -> dict[int, int]:
     return dict(total)
 
 
-def rehearse(model: nn.Module, plan: Plan, arguments: Arguments, rank: int | None = None) -> Rehearsed:
+def rehearse(
+    model: nn.Module, plan: Plan, arguments: Arguments, rank: int | None = None, heard: Heard | None = None
+) -> Rehearsed:
     """One rank's calls of a plan.
 
     Args:
@@ -192,38 +195,51 @@ def rehearse(model: nn.Module, plan: Plan, arguments: Arguments, rank: int | Non
         plan: one that this library draws with.
         arguments: of one call, on the meta device.
         rank: whose; None takes the busiest.
+        heard: what teams said in other plans of these arguments, and will: most plans say the same.
 
     Raises:
         PlanError, UnsupportedModel: if the plan cannot divide the model.
     """
+    heard = {} if heard is None or plan.stages > 1 else heard  # pieces have numbers of their own
     if rank is not None:
-        return _rehearse(model, plan, arguments, rank)
+        return _rehearse(model, plan, arguments, rank, heard)
     # Of those that do as much the last one, which gives the prediction.
-    found = [_rehearse(model, plan, arguments, r) for r in _candidates(model, plan, arguments)]
+    found = [_rehearse(model, plan, arguments, r, heard) for r in _candidates(model, plan, arguments)]
     return max(found, key=lambda r: (r.work, r.rank))
 
 
-def _rehearse(model: nn.Module, plan: Plan, arguments: Arguments, rank: int) -> Rehearsed:
+def _rehearse(model: nn.Module, plan: Plan, arguments: Arguments, rank: int, heard: Heard) -> Rehearsed:
     """One rank's calls, when it has been heard what the others say.
 
     They are first taken to have as many tokens as the rank itself. Where tokens do not divide, that is wrong by one: a
     call may then fail, but not before the rank has said its own numbers, and with those it comes further.
     """
     run = partial(_calls, model, plan, arguments)
-    found, said, _ = run(rank, {})
     team = RankGrid(plan, rank).layout(_sample(arguments).shape[0]).team
-    if found is not None:
-        ends = {peer: run(peer, {})[1] for peer in {team[0], team[-1]} - {rank}} if said else {}
-        if all(torch.equal(ours, said[key]) for theirs in ends.values() for key, ours in theirs.items() if key in said):
+    known = heard.get(team, {})
+    found, said, _ = run(rank, known)
+    if found is not None and (not said or _alike(said, known.get(rank, {}))):
+        return found
+    if found is not None and not known:
+        # Of a whole team the first rank has most and the last one least; stages say each their own.
+        some = team if plan.stages > 1 else (team[0], team[-1])
+        ends = [run(peer, {})[1] for peer in {*some} - {rank}]
+        if all(torch.equal(ours, said[key]) for theirs in ends for key, ours in theirs.items() if key in said):
+            heard[team] = dict.fromkeys(team, said)
             return found
-    heard: dict[int, Said] = {}
+    told: dict[int, Said] = {}
     for _ in range(_ROUNDS):
-        heard = {peer: run(peer, heard)[1] for peer in team}
-        found, _, error = run(rank, heard)
+        told = {peer: run(peer, told)[1] for peer in team}
+        found, _, error = run(rank, told)
         if found is not None:
+            heard[team] = told
             return found
     assert error is not None
     raise error
+
+
+def _alike(one: Said, other: Said) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(x, other[key]) for key, x in one.items())
 
 
 def _candidates(model: nn.Module, plan: Plan, arguments: Arguments) -> Sequence[int]:

@@ -25,7 +25,7 @@ import torch.multiprocessing as mp
 import transformer_speed
 
 from distrifusion.anatomy import anatomy_of
-from distrifusion.depth import Layer, divide
+from distrifusion.layout.depth import Layer, divide
 from distrifusion.runtime import source
 from distrifusion.strategies.attach import Attachment
 from distrifusion.strategies.watching import Stopwatch, Watch

@@ -41,7 +41,7 @@ from distrifusion.exchange.codec import Codec
 from distrifusion.exchange.meeting import transport_of
 from distrifusion.exchange.transport import ProcessGroupTransport, Transport
 from distrifusion.in_place import SingleTransport
-from distrifusion.partition import partition_levels
+from distrifusion.layout.partition import partition_levels
 
 # Batch 1 is a picture without guidance, batch 2 one with both branches in the batch.
 PLANS = {

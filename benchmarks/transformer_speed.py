@@ -32,7 +32,7 @@ from speed import free_port, join, span
 from distrifusion import Plan
 from distrifusion.denoiser import ParallelDenoiser
 from distrifusion.exchange.transport import Transport
-from distrifusion.partition import split_evenly
+from distrifusion.layout.partition import split_evenly
 
 PLANS = ("patch{n}", "patch{n}.displaced.w0", "patch{n}.delta8", "ulysses{n}", "ring{n}")
 STEP = 0.01

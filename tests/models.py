@@ -12,7 +12,7 @@ from diffusers.models.embeddings import IPAdapterPlusImageProjection
 
 from distrifusion.anatomy.unet import UNetAnatomy
 from distrifusion.denoiser import ParallelDenoiser
-from distrifusion.partition import partition_levels
+from distrifusion.layout.partition import partition_levels
 from distrifusion.plan import Plan, Split
 
 

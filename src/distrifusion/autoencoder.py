@@ -19,7 +19,7 @@ from distrifusion.anatomy.vae import coder_anatomy_of
 from distrifusion.division import Division
 from distrifusion.exchange.policy import CallPolicy
 from distrifusion.exchange.transport import Transport
-from distrifusion.partition import Interval, Level, partition_shapes
+from distrifusion.layout.partition import Interval, Level, partition_shapes
 from distrifusion.plan import Norms, Split
 from distrifusion.strategies.attach import Attachment
 from distrifusion.strategies.patch import PatchStep, PatchStrategy

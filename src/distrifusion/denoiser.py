@@ -13,8 +13,6 @@ from torch import nn
 from distrifusion.anatomy import anatomy_of
 from distrifusion.anatomy.base import Site
 from distrifusion.anatomy.tokens import TokenAnatomy
-from distrifusion.bands import BandRule
-from distrifusion.components import ComponentRule
 from distrifusion.division import Division
 from distrifusion.errors import ConfigError
 from distrifusion.exchange.policy import CallPolicy
@@ -22,16 +20,18 @@ from distrifusion.exchange.pool import CallState, Pool
 from distrifusion.exchange.transport import Transport
 from distrifusion.exchange.verbs import Exchange
 from distrifusion.graphs import Backend, Graphs
+from distrifusion.layout.mesh import CallLayout, RankGrid
 from distrifusion.memory.check import check_fits
-from distrifusion.mesh import CallLayout, RankGrid
 from distrifusion.nested import take_rows
 from distrifusion.pacing import Pacing
 from distrifusion.plan import Plan
-from distrifusion.rule import Rule, Subject
-from distrifusion.shares import ShareRule
-from distrifusion.stages import StageRule
+from distrifusion.rules.bands import BandRule
+from distrifusion.rules.components import ComponentRule
+from distrifusion.rules.rule import Rule, Subject
+from distrifusion.rules.shares import ShareRule
+from distrifusion.rules.stages import StageRule
+from distrifusion.rules.tokens import TokenRule
 from distrifusion.strategies.attach import Attachment
-from distrifusion.tokens import TokenRule
 
 
 class DenoiserCall(Protocol):

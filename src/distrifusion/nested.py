@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from distrifusion.partition import Interval
+from distrifusion.layout.partition import Interval
 
 
 def map_tensors(value: Any, change: Callable[[torch.Tensor], Any]) -> Any:

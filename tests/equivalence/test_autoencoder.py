@@ -25,7 +25,7 @@ from distrifusion.anatomy import vae as anatomy
 from distrifusion.autoencoder import Calls, ParallelCoder
 from distrifusion.errors import UnsupportedModel
 from distrifusion.exchange.virtual import VirtualTransport, VirtualWorld
-from distrifusion.partition import Interval
+from distrifusion.layout.partition import Interval
 from distrifusion.plan import Split
 from distrifusion.strategies import strips as strips_of
 from models import relative_error, share_weights

@@ -10,7 +10,7 @@ import torch
 from division import EXACT, errors
 
 from distrifusion.exchange.pieces import PieceBuffer
-from distrifusion.stages import StageRule
+from distrifusion.rules.stages import StageRule
 from distrifusion.strategies.pipefusion import StageStrategy
 from models import moved
 from transformers_tiny import FAMILIES

@@ -13,7 +13,7 @@ from division import errors
 from distrifusion.anatomy.units import UnitLayer, Units
 from distrifusion.exchange import summing
 from distrifusion.exchange.summing import Sum
-from distrifusion.partition import Interval
+from distrifusion.layout.partition import Interval
 from distrifusion.strategies import tensor
 from distrifusion.strategies.tensor import Share, TensorStrategy
 from models import unet_inputs

@@ -12,7 +12,7 @@ from diffusers import UNet2DConditionModel
 from division import EXACT, errors, on_ranks
 
 from distrifusion.denoiser import ParallelDenoiser
-from distrifusion.depth import Depth, divide
+from distrifusion.layout.depth import Depth, divide
 from distrifusion.strategies.cutting import Cut, Cuts
 from distrifusion.strategies.watching import Stopwatch
 from models import moved, run_request, unet_inputs

@@ -14,9 +14,9 @@ from listening import traffic
 
 from distrifusion import Plan, UnsupportedModel
 from distrifusion.anatomy import anatomy_of
-from distrifusion.depth import divide
 from distrifusion.exchange.relay import Relay
 from distrifusion.exchange.verbs import Exchange
+from distrifusion.layout.depth import divide
 from distrifusion.strategies.attach import Attachment
 from distrifusion.strategies.components import ComponentStrategy
 from distrifusion.strategies.watching import Seen, Watch

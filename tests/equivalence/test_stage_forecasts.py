@@ -11,7 +11,7 @@ from division import EXACT, errors, on_ranks, predictions
 
 from distrifusion.denoiser import ParallelDenoiser
 from distrifusion.exchange.pieces import PieceBuffer
-from distrifusion.stages import StageRule
+from distrifusion.rules.stages import StageRule
 from models import moved, run_request
 from transformers_tiny import FAMILIES
 

@@ -14,8 +14,8 @@ from distrifusion import ConfigError, Plan, PlanError, UnsupportedModel
 from distrifusion.anatomy import anatomy_of, blocks
 from distrifusion.denoiser import ParallelDenoiser
 from distrifusion.exchange.virtual import VirtualTransport, VirtualWorld
-from distrifusion.partition import balance
-from distrifusion.stages import StageRule
+from distrifusion.layout.partition import balance
+from distrifusion.rules.stages import StageRule
 from models import moved, relative_error, run_request, sdxl_unet
 from transformers_tiny import FAMILIES, flux, flux_inputs, sd3, sd3_inputs, sd35
 

@@ -18,8 +18,8 @@ from distrifusion.errors import PoolTooLarge, UnsupportedModel
 from distrifusion.memory import check
 from distrifusion.memory.prediction import pool_bytes
 from distrifusion.memory.tokens import TokenShapes, pool_bytes_of_call
-from distrifusion.stages import StageRule
-from distrifusion.tokens import TokenRule
+from distrifusion.rules.stages import StageRule
+from distrifusion.rules.tokens import TokenRule
 from models import moved, sdxl_unet, to_dtype, unet_inputs
 from transformers_tiny import FAMILIES, flux, flux_inputs, sd3, sd3_inputs, sd35, wan, wan_inputs
 

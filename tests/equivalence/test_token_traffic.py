@@ -9,7 +9,7 @@ import pytest
 from listening import traffic
 
 from distrifusion import Plan
-from distrifusion.partition import split_evenly
+from distrifusion.layout.partition import split_evenly
 from models import moved
 from transformers_tiny import FAMILIES
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from distrifusion import Plan
 from distrifusion.exchange.pool import PARCEL_SITES
-from distrifusion.partition import partition_levels
+from distrifusion.layout.partition import partition_levels
 from models import moved, unet_inputs
 
 HEIGHT, WIDTH, BATCH = 41, 25, 2

@@ -13,7 +13,7 @@ from listening import traffic
 from distrifusion import Plan
 from distrifusion.anatomy.unit_sites import unit_sites
 from distrifusion.anatomy.units import PartSite
-from distrifusion.partition import split_evenly
+from distrifusion.layout.partition import split_evenly
 from models import unet_inputs
 from transformers_tiny import FAMILIES
 

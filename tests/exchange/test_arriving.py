@@ -14,7 +14,7 @@ import torch
 from distrifusion import ConfigError
 from distrifusion.exchange import arriving
 from distrifusion.exchange.arriving import Arriving, Bands, arrive
-from distrifusion.partition import Interval
+from distrifusion.layout.partition import Interval
 
 BANDS = Bands(2, (Interval(0, 4), Interval(4, 6), Interval(6, 9)))
 

@@ -9,8 +9,9 @@ import torch
 from ranks import EXACT, Ranks, own_copy
 from transformer_families import PIPELINES
 
-from distrifusion import load, predictions
+from distrifusion import load
 from distrifusion.exchange import arriving
+from distrifusion.rules import predictions
 from models import relative_error
 
 NAMES = ["StableDiffusion3Pipeline", "FluxPipeline, dev", "PixArtSigmaPipeline"]

@@ -7,7 +7,7 @@ from itertools import combinations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distrifusion.depth import Layer, divide
+from distrifusion.layout.depth import Layer, divide
 
 
 @st.composite

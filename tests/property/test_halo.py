@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from distrifusion.exchange.policy import CallPolicy
 from distrifusion.exchange.verbs import Exchange
 from distrifusion.exchange.virtual import VirtualTransport, VirtualWorld
-from distrifusion.partition import Interval
+from distrifusion.layout.partition import Interval
 
 
 @st.composite

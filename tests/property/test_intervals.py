@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distrifusion.mesh import AttentionAxes, RankGrid
-from distrifusion.partition import Interval, partition_levels, split_evenly, token_intervals
+from distrifusion.layout.mesh import AttentionAxes, RankGrid
+from distrifusion.layout.partition import Interval, partition_levels, split_evenly, token_intervals
 from distrifusion.plan import Plan, Split
 
 sizes = st.integers(1, 200)

@@ -9,7 +9,7 @@ from torch import nn
 
 from distrifusion.anatomy.base import Site
 from distrifusion.errors import UnsupportedModel
-from distrifusion.partition import Interval, balance
+from distrifusion.layout.partition import Interval, balance
 
 _NOMINAL_TOKENS = 4096  # by which attention is weighed against all else, before a call is known
 _PICTURE = ("hidden_states",)

@@ -17,8 +17,8 @@ from distrifusion.anatomy.base import LinkSite, Site
 from distrifusion.anatomy.blocks import BlockKind
 from distrifusion.anatomy.layers import check_call
 from distrifusion.errors import ConfigError, UnsupportedModel
+from distrifusion.layout.partition import Interval
 from distrifusion.nested import map_tensors, take_rows
-from distrifusion.partition import Interval
 
 # Processors of the general Attention class that call scaled_dot_product_attention once, on all tokens that they get.
 _PROCESSORS = {

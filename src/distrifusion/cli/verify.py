@@ -238,7 +238,7 @@ def _prompts(model: str, prompt: str | None, file: Path | None) -> tuple[str, ..
 
 def _check_limits(limits: dict[str, float], task: Task) -> None:
     """Refuse a limit on what cannot be measured here, before anything is drawn."""
-    from distrifusion.mesh import RankGrid
+    from distrifusion.layout.mesh import RankGrid
     from distrifusion.quality import measures, metrics
 
     measures.check_limits(limits)

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import torch
 
 from distrifusion.errors import ConfigError
+from distrifusion.layout.partition import Interval
 from distrifusion.nested import map_tensors
-from distrifusion.partition import Interval
 
 # Functions of torch by name that treat each position by itself, and those that do so beside one dimension: where their
 # argument `dim` stands.

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
-from distrifusion.partition import Interval
+from distrifusion.layout.partition import Interval
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from distrifusion.exchange.gathering import GatherBuffer
-from distrifusion.partition import Interval
+from distrifusion.layout.partition import Interval
 
 
 class Gathered:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from distrifusion.partition import split_evenly
+from distrifusion.layout.partition import split_evenly
 
 # Kinds of what is exchanged where weights are divided: partial sums, and outputs that each rank has a part of.
 SUM, PART = "sum", "part"

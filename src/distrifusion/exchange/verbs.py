@@ -25,7 +25,7 @@ from distrifusion.exchange.summing import SUM, Sum, Trade
 from distrifusion.exchange.transport import Message, Transport
 from distrifusion.exchange.underway import Underway
 from distrifusion.exchange.waiting import named, settle, value_of
-from distrifusion.partition import Interval
+from distrifusion.layout.partition import Interval
 from distrifusion.plan import SiteKind
 
 

@@ -26,8 +26,8 @@ from distrifusion.anatomy.tokens import TokenAnatomy
 from distrifusion.errors import PlanError, UnsupportedModel
 from distrifusion.exchange.gathering import SAMPLED, Sending
 from distrifusion.exchange.pool import padded
-from distrifusion.mesh import RankGrid
-from distrifusion.partition import Interval, Level, partition_levels
+from distrifusion.layout.mesh import RankGrid
+from distrifusion.layout.partition import Interval, Level, partition_levels
 from distrifusion.plan import Plan, SiteKind, Split
 from distrifusion.strategies.patch import input_rows, rows_below
 

@@ -24,10 +24,10 @@ from distrifusion.errors import UnsupportedModel
 from distrifusion.exchange.handles import with_length
 from distrifusion.exchange.transport import SingleTransport
 from distrifusion.exchange.verbs import Exchange
+from distrifusion.layout.mesh import AttentionAxes, RankGrid, StagePlace
+from distrifusion.layout.partition import Interval, split_evenly, token_intervals
 from distrifusion.memory.prediction import gathered_bytes
-from distrifusion.mesh import AttentionAxes, RankGrid, StagePlace
 from distrifusion.nested import map_tensors
-from distrifusion.partition import Interval, split_evenly, token_intervals
 from distrifusion.plan import Plan, SiteKind
 from distrifusion.strategies.attach import Attachment
 from distrifusion.strategies.attention import Piece, TokenStep

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from distrifusion.mesh import RankGrid
+from distrifusion.layout.mesh import RankGrid
 from distrifusion.nested import map_tensors
 from distrifusion.plan import Plan, Split
 from distrifusion.planner.blueprint import Blueprint

@@ -18,8 +18,8 @@ from distrifusion.anatomy import anatomy_of
 from distrifusion.anatomy.tokens import TokenAnatomy
 from distrifusion.denoiser import ParallelDenoiser
 from distrifusion.exchange.transport import Message
-from distrifusion.mesh import RankGrid
-from distrifusion.partition import partition_levels
+from distrifusion.layout.mesh import RankGrid
+from distrifusion.layout.partition import partition_levels
 from distrifusion.plan import Plan
 from distrifusion.planner.calls import Arguments
 from distrifusion.planner.operations import Counting, Operations

@@ -12,8 +12,8 @@ from itertools import pairwise
 
 import numpy as np
 
-from distrifusion.mesh import RankGrid
-from distrifusion.partition import partition_levels
+from distrifusion.layout.mesh import RankGrid
+from distrifusion.layout.partition import partition_levels
 from distrifusion.plan import Plan, Split
 from distrifusion.quality.metrics import Picture, pixels
 

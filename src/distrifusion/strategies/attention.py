@@ -10,8 +10,8 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 
-from distrifusion.mesh import AttentionAxes
-from distrifusion.partition import Interval, piece_intervals, token_intervals
+from distrifusion.layout.mesh import AttentionAxes
+from distrifusion.layout.partition import Interval, piece_intervals, token_intervals
 
 
 @dataclass(frozen=True)

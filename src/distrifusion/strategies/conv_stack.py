@@ -14,7 +14,7 @@ from torch import nn
 
 from distrifusion.anatomy.base import StackSite
 from distrifusion.errors import ConfigError
-from distrifusion.partition import Interval
+from distrifusion.layout.partition import Interval
 from distrifusion.strategies.attach import Attachment
 from distrifusion.strategies.patch import PatchStrategy, input_rows
 from distrifusion.strategies.strips import Rows, convolve

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from distrifusion.depth import Depth, divide
 from distrifusion.exchange.verbs import Exchange
+from distrifusion.layout.depth import Depth, divide
 from distrifusion.nested import map_tensors
 from distrifusion.plan import Plan
 from distrifusion.strategies.watching import Seen, Stopwatch, Watch

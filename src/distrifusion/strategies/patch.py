@@ -19,7 +19,7 @@ from distrifusion.anatomy.base import AttentionSite, BandSite, ConvSite, EntrySi
 from distrifusion.errors import UnsupportedModel
 from distrifusion.exchange.handles import Gathered, Halo
 from distrifusion.exchange.verbs import Exchange
-from distrifusion.partition import Interval, Level
+from distrifusion.layout.partition import Interval, Level
 from distrifusion.plan import Norms, SiteKind, Split
 from distrifusion.strategies.attach import Attachment
 from distrifusion.strategies.moments import Affine, corrected_moments, local_moments, merge_moments

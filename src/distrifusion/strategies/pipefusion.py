@@ -21,8 +21,8 @@ from distrifusion.anatomy.tokens import JoinSite
 from distrifusion.errors import ConfigError
 from distrifusion.exchange.handles import Swap, with_length
 from distrifusion.exchange.verbs import Exchange
-from distrifusion.mesh import StagePlace
-from distrifusion.partition import Interval
+from distrifusion.layout.mesh import StagePlace
+from distrifusion.layout.partition import Interval
 from distrifusion.strategies.attach import Attachment
 from distrifusion.strategies.attention import AttentionCall, Piece, TokenStep, attend, starts_of
 from distrifusion.strategies.tokens import TokenStrategy

@@ -12,7 +12,7 @@ import torch
 
 from distrifusion.anatomy.base import ResampleSite
 from distrifusion.exchange.verbs import Exchange
-from distrifusion.partition import Interval
+from distrifusion.layout.partition import Interval
 from distrifusion.strategies.attach import Attachment
 from distrifusion.strategies.patch import PatchStrategy
 

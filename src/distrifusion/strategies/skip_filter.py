@@ -15,7 +15,7 @@ import torch
 
 from distrifusion.anatomy.base import FilterSite
 from distrifusion.exchange.verbs import Exchange
-from distrifusion.partition import Interval
+from distrifusion.layout.partition import Interval
 from distrifusion.plan import Split
 from distrifusion.strategies.attach import Attachment
 from distrifusion.strategies.patch import PatchStrategy

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from distrifusion.partition import Interval, split_evenly
+from distrifusion.layout.partition import Interval, split_evenly
 
 # Input bytes up to which a convolution runs in one piece.
 _STRIP_BYTES = 16 << 20

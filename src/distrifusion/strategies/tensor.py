@@ -22,7 +22,7 @@ from distrifusion.anatomy.units import PartSite, Stretch, UnitCount, UnitLayer, 
 from distrifusion.errors import UnsupportedModel
 from distrifusion.exchange.summing import PART
 from distrifusion.exchange.verbs import Exchange
-from distrifusion.partition import Interval, split_evenly
+from distrifusion.layout.partition import Interval, split_evenly
 from distrifusion.strategies.attach import Attachment
 from distrifusion.strategies.strips import layout_read_by
 

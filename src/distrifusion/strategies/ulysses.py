@@ -12,7 +12,7 @@ from itertools import pairwise
 import torch
 
 from distrifusion.exchange.verbs import Exchange
-from distrifusion.partition import Interval, split_evenly
+from distrifusion.layout.partition import Interval, split_evenly
 from distrifusion.strategies.attention import Attend, AttentionCall, TokenStep, attend, starts_of
 
 

@@ -13,7 +13,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from distrifusion.depth import Layer
+from distrifusion.layout.depth import Layer
 from distrifusion.nested import map_tensors, tensors_of
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from distrifusion.partition import Interval, split_evenly
+from distrifusion.layout.partition import Interval, split_evenly
 from distrifusion.plan import Plan
 
 

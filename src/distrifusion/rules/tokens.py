@@ -8,10 +8,10 @@ from typing import Any
 from distrifusion.anatomy.base import Site
 from distrifusion.anatomy.tokens import TokenAnatomy, TokenCall
 from distrifusion.exchange.verbs import Exchange
+from distrifusion.layout.mesh import AttentionAxes, CallLayout
 from distrifusion.memory.tokens import TokenQuestion, TokenShapes
-from distrifusion.mesh import AttentionAxes, CallLayout
 from distrifusion.plan import Plan
-from distrifusion.rule import Rule, Subject
+from distrifusion.rules.rule import Rule, Subject
 from distrifusion.strategies.attach import Attachment
 from distrifusion.strategies.attention import Attend, TokenStep
 from distrifusion.strategies.ring import RingAttention

@@ -16,11 +16,11 @@ from distrifusion.anatomy.blocks import BlockSite, alike_parts, blocks_of
 from distrifusion.anatomy.tokens import TokenAnatomy, TokenAttentionSite, TokenCall
 from distrifusion.errors import PlanError
 from distrifusion.exchange.arriving import Arriving, arrive, complete
+from distrifusion.layout.mesh import AttentionAxes, CallLayout, StagePlace
 from distrifusion.memory.tokens import StageQuestion, TokenQuestion, TokenShapes
-from distrifusion.mesh import AttentionAxes, CallLayout, StagePlace
 from distrifusion.nested import map_tensors
-from distrifusion.predictions import Predictions, bands_of
-from distrifusion.rule import Rule, Subject
+from distrifusion.rules.predictions import Predictions, bands_of
+from distrifusion.rules.rule import Rule, Subject
 from distrifusion.strategies.attach import Attachment
 from distrifusion.strategies.attention import Piece, TokenStep
 from distrifusion.strategies.pipefusion import Flow, PieceAttention, StageStrategy, Stream

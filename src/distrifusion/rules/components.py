@@ -11,9 +11,9 @@ import torch
 from distrifusion.anatomy.base import Anatomy, BoundCall, LinkSite, Site
 from distrifusion.anatomy.tokens import TokenAnatomy, TokenCall
 from distrifusion.exchange.handles import Swap
-from distrifusion.mesh import CallLayout
+from distrifusion.layout.mesh import CallLayout
 from distrifusion.nested import map_tensors, take_rows, tensors_of
-from distrifusion.rule import Rule, Subject
+from distrifusion.rules.rule import Rule, Subject
 from distrifusion.strategies.attach import Attachment
 from distrifusion.strategies.components import ComponentStep, ComponentStrategy, check_components
 from distrifusion.strategies.weights import num_bytes

@@ -11,10 +11,10 @@ from distrifusion.anatomy.base import Anatomy, BoundCall, Site
 from distrifusion.anatomy.tokens import TokenAnatomy
 from distrifusion.anatomy.unit_sites import unit_sites
 from distrifusion.errors import UnsupportedModel
+from distrifusion.layout.mesh import CallLayout
 from distrifusion.memory.weights import weights_of
-from distrifusion.mesh import CallLayout
 from distrifusion.nested import map_tensors, take_rows
-from distrifusion.rule import Rule, Subject
+from distrifusion.rules.rule import Rule, Subject
 from distrifusion.strategies.attach import Attachment
 from distrifusion.strategies.tensor import Share, TensorStrategy
 

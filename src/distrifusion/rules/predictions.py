@@ -11,9 +11,9 @@ import torch
 from distrifusion.exchange.arriving import Arriving, Bands, arrive
 from distrifusion.exchange.handles import Swap
 from distrifusion.exchange.verbs import Exchange
-from distrifusion.mesh import CallLayout, StagePlace
+from distrifusion.layout.mesh import CallLayout, StagePlace
+from distrifusion.layout.partition import Interval
 from distrifusion.nested import map_tensors
-from distrifusion.partition import Interval
 from distrifusion.strategies.attention import Piece
 
 

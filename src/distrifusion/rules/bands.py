@@ -10,12 +10,12 @@ import torch
 
 from distrifusion.anatomy.base import AdaptiveNormSite, Anatomy, BoundCall, FilterSite, ResampleSite, Site, StackSite
 from distrifusion.errors import ConfigError, PlanError
+from distrifusion.layout.mesh import CallLayout
+from distrifusion.layout.partition import Interval, Level, partition_levels
 from distrifusion.memory.prediction import BandQuestion
-from distrifusion.mesh import CallLayout
 from distrifusion.nested import map_tensors, take_rows
-from distrifusion.partition import Interval, Level, partition_levels
 from distrifusion.plan import Norms, Split
-from distrifusion.rule import Rule, Subject
+from distrifusion.rules.rule import Rule, Subject
 from distrifusion.strategies.adaptive_norm import AdaptiveNormStrategy
 from distrifusion.strategies.attach import Attachment
 from distrifusion.strategies.conv_stack import ConvStackStrategy

@@ -14,8 +14,8 @@ from torch import nn
 from distrifusion.anatomy.base import Anatomy, Site
 from distrifusion.anatomy.tokens import TokenAnatomy
 from distrifusion.exchange.verbs import Exchange
+from distrifusion.layout.mesh import CallLayout
 from distrifusion.memory.check import Question
-from distrifusion.mesh import CallLayout
 from distrifusion.nested import map_tensors
 from distrifusion.plan import Plan
 from distrifusion.strategies.attach import Attachment

@@ -1,0 +1,1 @@
+"""How a denoiser's calls are divided within a team: one file for each way."""

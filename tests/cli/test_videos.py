@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from shell import finish, run
+from shell import run
 from tiny_video import write_wan
 
 import distrifusion.loading
@@ -30,8 +30,8 @@ def video_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.supports("feature", "videos from the command line")
 def test_two_devices_compared_with_one(video_folder: Path, tmp_path: Path) -> None:
     words = ["run", video_folder, *WORDS, "--steps=2", "--devices=2", "--plan=patch2", "--fps=8", "--compare"]
-    done = finish(*words, "-o", tmp_path / "a.webp")
-    assert done.returncode == 0, done.stderr
+    done = run(*words, "-o", tmp_path / "a.webp")
+    assert done.exit_code == 0, done.stderr
     first, second = done.stdout.strip().splitlines()
     assert first.endswith(f"seed 7, video of 5 frames in {tmp_path / 'a.webp'}")
     psnr = re.search(r"PSNR (\S+) dB, SSIM (\S+), ", second)

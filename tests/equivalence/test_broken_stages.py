@@ -10,20 +10,14 @@ import torch
 from division import EXACT, errors
 
 from distrifusion.exchange.pieces import PieceBuffer
-from distrifusion.rules.stages import StageRule
 from distrifusion.strategies.pipefusion import StageStrategy
 from models import moved
 from transformers_tiny import FAMILIES
 
+pytestmark = pytest.mark.usefixtures("unchecked")  # see test_token_memory.py
 Break = Callable[[pytest.MonkeyPatch], None]
 FAR_OVER = 1e-3
 ALL = ("SD3", "FLUX.1 dev", "FLUX.2", "PixArt-Sigma", "CogVideoX 5B", "Qwen-Image")
-
-
-@pytest.fixture(autouse=True)
-def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ranks do not ask before they hold, which has tests of its own."""
-    monkeypatch.setattr(StageRule, "question", lambda self, call: None)
 
 
 def nothing_crosses_the_border(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,6 +27,8 @@ from models import moved, relative_error, run_request, sdxl_unet, share_weights,
 from recorder import RecordedTransport, Recorder
 from transformers_tiny import FAMILIES, flux, sd3, sd3_inputs, wan, wan_inputs
 
+pytestmark = pytest.mark.usefixtures("unchecked")  # see test_token_memory.py
+
 Inputs = dict[str, Any]
 NUM_STEPS = 7
 

@@ -11,15 +11,10 @@ from division import EXACT, errors, on_ranks, predictions
 
 from distrifusion.denoiser import ParallelDenoiser
 from distrifusion.exchange.pieces import PieceBuffer
-from distrifusion.rules.stages import StageRule
 from models import moved, run_request
 from transformers_tiny import FAMILIES
 
-
-@pytest.fixture(autouse=True)
-def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ranks do not ask before they hold, which has tests of its own."""
-    monkeypatch.setattr(StageRule, "question", lambda self, call: None)
+pytestmark = pytest.mark.usefixtures("unchecked")  # see test_token_memory.py
 
 
 @cache

@@ -15,17 +15,11 @@ from distrifusion.anatomy import anatomy_of, blocks
 from distrifusion.denoiser import ParallelDenoiser
 from distrifusion.exchange.virtual import VirtualTransport, VirtualWorld
 from distrifusion.layout.partition import balance
-from distrifusion.rules.stages import StageRule
 from models import moved, relative_error, run_request, sdxl_unet
 from transformers_tiny import FAMILIES, flux, flux_inputs, sd3, sd3_inputs, sd35
 
+pytestmark = pytest.mark.usefixtures("unchecked")  # see test_token_memory.py
 FLOWING = [name for name in FAMILIES if not name.startswith("Hunyuan")]
-
-
-@pytest.fixture(autouse=True)
-def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ranks do not ask before they hold, which has tests of its own."""
-    monkeypatch.setattr(StageRule, "question", lambda self, call: None)
 
 
 @cache

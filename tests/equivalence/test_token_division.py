@@ -13,6 +13,8 @@ from distrifusion.denoiser import ParallelDenoiser
 from models import moved, relative_error
 from transformers_tiny import FAMILIES, flux, flux_inputs, qwen, qwen_inputs, sd3, sd3_inputs, sd35
 
+pytestmark = pytest.mark.usefixtures("unchecked")  # see test_token_memory.py
+
 EXACT_PLANS = ["patch3", "cfg2.patch2", "ulysses2", "ring3", "ulysses2.ring2", "cfg2.ring2"]
 
 

@@ -18,8 +18,6 @@ from distrifusion.errors import PoolTooLarge, UnsupportedModel
 from distrifusion.memory import check
 from distrifusion.memory.prediction import pool_bytes
 from distrifusion.memory.tokens import TokenShapes, pool_bytes_of_call
-from distrifusion.rules.stages import StageRule
-from distrifusion.rules.tokens import TokenRule
 from models import moved, sdxl_unet, to_dtype, unet_inputs
 from transformers_tiny import FAMILIES, flux, flux_inputs, sd3, sd3_inputs, sd35, wan, wan_inputs
 
@@ -28,13 +26,6 @@ POLICIES = ("patch2.displaced.w0", "patch3.displaced.forecast.w1", "cfg2.patch2.
 
 def predicted(model: Any, plan: str, inputs: dict[str, Any]) -> list[int]:
     return pool_bytes_of_call(model, Plan.parse(plan), **inputs)
-
-
-@pytest.fixture
-def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ranks do not ask before they hold; each of them would make the passes that the test makes."""
-    for rule in (TokenRule, StageRule):
-        monkeypatch.setattr(rule, "question", lambda self, call: None)
 
 
 @pytest.mark.usefixtures("unchecked")

@@ -13,6 +13,8 @@ from distrifusion.layout.partition import split_evenly
 from models import moved
 from transformers_tiny import FAMILIES
 
+pytestmark = pytest.mark.usefixtures("unchecked")  # see test_token_memory.py
+
 BATCH, WORDS, TOKENS, CHANNELS, HEADS, OUT = 2, 7, 35, 24, 3, 16
 NUM_SITES = 4  # two blocks of two streams, two of one
 FP32 = 4

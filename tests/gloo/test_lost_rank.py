@@ -8,7 +8,7 @@ import pytest
 from work import Lose, draw_until_lost
 from world import GlooWorld
 
-LIMIT = 5.0  # seconds that the ranks wait for each other
+LIMIT = 3.0  # seconds that the ranks wait for each other
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import pytest
@@ -45,20 +46,29 @@ class TwoPatches:
         return torch.cat([first[..., :half], second[..., half:]], -1)
 
 
+@cache
 def run(seed: int, num_steps: int, key: str | None = None, **knobs: Any) -> tuple[Sample, float]:
     """Picard's iteration on the mixture, and the distance of its sample from the sequential one."""
     scheduler = ddim(num_steps)
-    exact = mixture(scheduler)
-    denoise = TwoPatches(exact, KEYS[key]) if key else exact
+    denoise = denoiser(num_steps, key)
     sample = drive(solve(start(seed), tableau_of(scheduler), noise(seed), Knobs(memory=1, **knobs)), denoise)
-    return sample, distance(sample.x, sequential(start(seed), scheduler, exact, seed))
+    return sample, distance(sample.x, stepped(seed, num_steps))
+
+
+@cache
+def stepped(seed: int, num_steps: int, key: str | None = None) -> Tensor:
+    """The sample of one step after the other."""
+    return sequential(start(seed), ddim(num_steps), denoiser(num_steps, key), seed)
+
+
+def denoiser(num_steps: int, key: str | None) -> Denoise:
+    exact = mixture(ddim(num_steps))
+    return TwoPatches(exact, KEYS[key]) if key else exact
 
 
 @pytest.mark.parametrize("key", ["timestep", "place"])
 @pytest.mark.parametrize("num_steps", [25, 50, 100])
 def test_old_values_of_the_same_step_vanish(num_steps: int, key: str) -> None:
-    scheduler = ddim(num_steps)
-    exact = mixture(scheduler)
     far, near = [], []
     for seed in SEEDS:
         picard, _ = run(seed, num_steps)
@@ -66,8 +76,7 @@ def test_old_values_of_the_same_step_vanish(num_steps: int, key: str) -> None:
         assert away <= 5e-4
         assert sample.calls <= picard.calls + 4
         near.append(away)
-        stepping = sequential(start(seed), scheduler, TwoPatches(exact, KEYS["call"]), seed)
-        far.append(distance(stepping, sequential(start(seed), scheduler, exact, seed)))
+        far.append(distance(stepped(seed, num_steps, "call"), stepped(seed, num_steps)))
     assert statistics.median(far) > 3 * statistics.median(near)
 
 

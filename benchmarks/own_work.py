@@ -38,9 +38,12 @@ class Arrived:
 
 
 class NowhereTransport:
-    """Takes what rank 0 of two sends, and leaves zeros where something should arrive."""
+    """Takes what one rank of two sends, and leaves zeros where something should arrive."""
 
-    rank, world_size = 0, 2
+    world_size = 2
+
+    def __init__(self, rank: int = 0) -> None:
+        self.rank = rank
 
     def post(self, sends: Sequence[Message], receives: Sequence[Message]) -> Arrived:
         for message in receives:

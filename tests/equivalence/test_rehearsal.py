@@ -104,8 +104,9 @@ def test_every_rank_of_a_transformer_sends_the_bytes_that_it_rehearsed(family: s
     model, inputs = FAMILIES[family].make(), FAMILIES[family].inputs(2, *FAMILIES[family].size)
     first, later = traffic(model, plan, [inputs]), traffic(model, plan, [inputs, moved(inputs)])
     meta = share_weights(model).to("meta")
+    heard: Heard = {}
     for rank in range(plan.num_ranks):
-        rehearsed = rehearse(meta, plan, on_meta(inputs), rank)
+        rehearsed = rehearse(meta, plan, on_meta(inputs), rank, heard)
         assert rehearsed.fresh.sent + asked(plan) == Counter(first[rank].by_kind)
         assert rehearsed.steady.sent == Counter(later[rank].by_kind)
 

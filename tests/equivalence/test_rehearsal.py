@@ -155,6 +155,7 @@ def test_ranks_of_a_unet_with_weights_of_their_own_do_what_they_rehearsed(text: 
     check_rehearsed(unet, text, unet_inputs(unet, 2, 20, 16))
 
 
+@pytest.mark.usefixtures("unchecked")  # passes without values would be counted as operations of a call
 @pytest.mark.parametrize(
     ("family", "text"),
     [

@@ -51,6 +51,7 @@ def test_a_sampler_says_how_many_calls_it_took(folder: Path, tmp_path: Path) -> 
     words = ("run", folder, "-p", "a", "-d", "cpu", "--steps", "6", "--seed", "7", "--sampler", "picard")
     done = run(*words, "--window", "3", "--tolerance", "1e-4", "-o", tmp_path / "a.png")
     assert done.exit_code == 0, done.stderr
+    assert "distrifusion: sampler='picard' saves few of 6 denoiser calls" in done.stderr
     calls = re.match(r"patch1 on 1 CPU process: \S+ s per call, (\d) calls, \S+ s in all", done.stdout)
     assert calls is not None and 2 <= int(calls[1]) <= 6
     for more, says in (

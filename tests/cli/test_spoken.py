@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 import typer
 
+import distrifusion
 from distrifusion import Cancelled, ConfigError, OutOfMemory, PoolTooLarge, RankFailed
 from distrifusion.cli.spoken import spoken_errors
 
@@ -42,3 +45,10 @@ def test_an_error_is_told(capsys: pytest.CaptureFixture[str], error: BaseExcepti
 def test_what_nobody_can_put_right_and_a_reader_that_left_are_not(error: Exception) -> None:
     with pytest.raises(type(error)), spoken_errors():
         raise error
+
+
+def test_a_warning_of_ours_is_a_line_and_others_are_as_ever(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.warns(UserWarning, match="theirs"), spoken_errors():
+        warnings.warn_explicit("ours", UserWarning, distrifusion.__file__, 1)
+        warnings.warn_explicit("theirs", UserWarning, "elsewhere.py", 1)
+    assert capsys.readouterr().err == "distrifusion: ours\n"

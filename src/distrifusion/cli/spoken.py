@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import signal
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
 
@@ -16,6 +18,7 @@ from distrifusion.errors import Cancelled, DistrifusionError, OutOfMemory
 if TYPE_CHECKING:
     from distrifusion.runtime.pipeline import LoadedPipeline
 
+_PACKAGE = Path(__file__).parents[1]
 FAILED = 1
 BAD_USE = 2
 INTERRUPTED = 130
@@ -23,9 +26,10 @@ INTERRUPTED = 130
 
 @contextmanager
 def spoken_errors() -> Iterator[None]:
-    """One clear message instead of a traceback for what a person can put right."""
+    """One clear message instead of a traceback for what a person can put right, or a line of code for a warning."""
     try:
-        yield
+        with _spoken_warnings():
+            yield
     except KeyboardInterrupt:
         _end("interrupted", INTERRUPTED)
     except Cancelled as error:
@@ -42,6 +46,21 @@ def spoken_errors() -> Iterator[None]:
         if type(error).__name__ != "OutOfMemoryError":
             raise
         _end(f"out of memory; use more devices, a smaller --size, or --dtype float16 ({error})", BAD_USE)
+
+
+@contextmanager
+def _spoken_warnings() -> Iterator[None]:
+    shown = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], filename: str, *args: Any, **kwargs: Any) -> None:
+        if Path(filename).is_relative_to(_PACKAGE):
+            typer.echo(f"distrifusion: {message}", err=True)
+        else:
+            shown(message, category, filename, *args, **kwargs)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
 
 
 @contextmanager

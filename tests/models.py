@@ -87,6 +87,17 @@ def unet_inputs(unet: UNet2DConditionModel, batch: int, height: int, width: int,
     return inputs
 
 
+def with_residuals(x: dict[str, Any]) -> dict[str, Any]:
+    """Inputs of `sdxl_unet` for one picture of 17x9 latents, with what a ControlNet would add."""
+    shapes = [(16, 17, 9), (16, 17, 9), (16, 9, 5), (32, 9, 5), (32, 5, 3), (32, 5, 3)]
+    noise = torch.Generator().manual_seed(2)
+    return {
+        **x,
+        "down_block_additional_residuals": [0.3 * torch.randn(1, *shape, generator=noise) for shape in shapes],
+        "mid_block_additional_residual": 0.3 * torch.randn(1, 32, 5, 3, generator=noise),
+    }
+
+
 def image_prompt(unet: UNet2DConditionModel, plus: bool = False) -> dict[str, dict[str, torch.Tensor]]:
     """The weights of an IP-Adapter for images embedded in 10 channels; `plus` reads several tokens of an image."""
     generator = torch.Generator().manual_seed(6)

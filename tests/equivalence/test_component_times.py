@@ -15,7 +15,7 @@ from distrifusion.denoiser import ParallelDenoiser
 from distrifusion.layout.depth import Depth, divide
 from distrifusion.strategies.cutting import Cut, Cuts
 from distrifusion.strategies.watching import Stopwatch
-from models import moved, run_request, unet_inputs
+from models import moved, run_request, unet_inputs, with_residuals
 from transformers_tiny import FAMILIES
 
 here = threading.local()
@@ -116,14 +116,7 @@ def test_a_run_after_the_first_has_the_bits_of_one_more(sdxl: UNet2DConditionMod
 def test_calls_of_another_kind_within_a_run_are_cut_alike(sdxl: UNet2DConditionModel) -> None:
     """The residuals of a ControlNet that begin when components are cut, or before, and end."""
     x = unet_inputs(sdxl, 1, 17, 9)
-    shapes = [(16, 17, 9), (16, 17, 9), (16, 9, 5), (32, 9, 5), (32, 5, 3), (32, 5, 3)]
-    noise = torch.Generator().manual_seed(2)
-    residuals = [0.3 * torch.randn(1, *shape, generator=noise) for shape in shapes]
-    controlled = {
-        **x,
-        "down_block_additional_residuals": residuals,
-        "mid_block_additional_residual": 0.3 * torch.randn(1, 32, 5, 3, generator=noise),
-    }
+    controlled = with_residuals(x)
     for steps in (
         [*4 * [x], *4 * [controlled]],
         [x, *6 * [controlled], *4 * [x]],

@@ -13,7 +13,7 @@ from division import EXACT, errors, on_ranks, predictions
 from distrifusion import Plan, PlanError
 from distrifusion.denoiser import ParallelDenoiser
 from distrifusion.exchange.virtual import VirtualTransport, VirtualWorld
-from models import moved, relative_error, run_request, sdxl_unet, unet_inputs
+from models import moved, relative_error, run_request, sdxl_unet, unet_inputs, with_residuals
 from transformers_tiny import FAMILIES, sd3
 
 UNET_PLANS = [
@@ -124,14 +124,7 @@ def test_a_forecast_follows_an_input_that_moves_evenly_in_uneven_steps_of_time(s
 def test_a_call_of_another_kind_within_a_run_is_watched_and_goes_on(sdxl: UNet2DConditionModel) -> None:
     """The residuals of a ControlNet may begin and end within a run: more is read, and the values kept are the same."""
     x = unet_inputs(sdxl, 1, 17, 9)
-    shapes = [(16, 17, 9), (16, 17, 9), (16, 9, 5), (32, 9, 5), (32, 5, 3), (32, 5, 3)]
-    noise = torch.Generator().manual_seed(2)
-    down = [0.3 * torch.randn(1, *shape, generator=noise) for shape in shapes]
-    controlled = {
-        **x,
-        "down_block_additional_residuals": down,
-        "mid_block_additional_residual": 0.3 * torch.randn(1, 32, 5, 3, generator=noise),
-    }
+    controlled = with_residuals(x)
     for plan in ("async2.w0", "async2.stride2.w0"):
         by_call = errors(sdxl, plan, [x, x, controlled, controlled, controlled, x, x])
         assert max(by_call[:3]) <= EXACT < by_call[5]

@@ -6,6 +6,9 @@ Two ranks of one thread, the model of speed.py. Each turn is a full call in both
 plan, then one over a transport that carries nothing; every rank waits for the other before each of them. Printed is the
 time of a plan's call over half of the mean of the full calls before and after it, by the clock and of the thread that
 computes: median and quartiles. What a plan lets travel has a full call's time on top here; waits for it do not show.
+
+A full call of 8x8 latents is timed too. Weights are read there, brought into the layout that kernels compute in, and
+Python runs, as in any call: no band has less of it. So half of a full call is not what a band can reach.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from speed import free_port, inputs, join, sdxl_shaped_unet
 from distrifusion import Plan
 from distrifusion.denoiser import ParallelDenoiser
 
+_SMALL = 8  # rows and columns of latents that cost next to nothing themselves
 _BEFORE = 6  # turns that do not count: the warm-up, and the first stale call
 _CLOCKS = {"clock": time.perf_counter, "thread": time.thread_time}
 Turn = dict[str, dict[str, float]]
@@ -34,7 +38,7 @@ Turn = dict[str, dict[str, float]]
 def time_rank(rank: int, options: argparse.Namespace, port: int) -> None:
     """What one rank does; rank 0 prints."""
     transport = join(rank, port, 2, options)
-    plain, arguments, turns = sdxl_shaped_unet(), inputs(1, options.size), []
+    plain, arguments, small, turns = sdxl_shaped_unet(), inputs(1, options.size), inputs(1, _SMALL), []
     parts: dict[str, ParallelDenoiser] = {}
     for text in options.plans.split(","):
         for name in (text, f"{text}, nothing carried"):
@@ -43,7 +47,7 @@ def time_rank(rank: int, options: argparse.Namespace, port: int) -> None:
             parts[name].open("benchmark")
     for turn in range(_BEFORE + options.calls):
         timestep = 500 - turn
-        times: Turn = {"full": timed(plain, arguments, timestep)}
+        times: Turn = {"full": timed(plain, arguments, timestep), "small": timed(plain, small, timestep)}
         for name, denoiser in parts.items():
             if turn == _BEFORE and name.endswith("nothing carried"):
                 denoiser.exchange.transport = NowhereTransport(rank)
@@ -66,7 +70,11 @@ def timed(model: Any, arguments: dict[str, Any], timestep: int) -> dict[str, flo
 
 
 def report(everybody: list[list[Turn]], names: list[str]) -> None:
-    """Print a Markdown table."""
+    """Print a Markdown table, and what a band could reach."""
+    every = [turn for turns in everybody for turn in turns]
+    full, small = (statistics.median(turn[name]["thread"] for turn in every) for name in ("full", "small"))
+    print(f"A full call takes {full:.3f} s; one of {_SMALL}x{_SMALL} latents {small:.3f} s. A band that has the latter")
+    print(f"whole, half of the rest and no work of its own takes {1 + small / full:.3f} of half a full call.\n")
     print("| plan | rank | by the clock | of the thread |")
     print("|---|---|---|---|")
     for name in names:

@@ -115,9 +115,9 @@ def test_separate_norms_are_those_of_the_own_band(sdxl: UNet2DConditionModel, mo
     steps = steps_of(sdxl, 2)
     separate = predictions(sdxl, "patch2.displaced.norm.separatenorm.w0", steps)
 
-    def wait(self: Shared) -> tuple[torch.Tensor, None]:
+    def wait(self: Shared) -> tuple[list[torch.Tensor], None]:
         self.swap.wait()
-        return torch.stack([self.own] * len(self.team)), None
+        return [self.own] * len(self.team), None
 
     monkeypatch.setattr(Shared, "wait", wait)
     local = predictions(sdxl, "patch2", steps[1:])

@@ -50,9 +50,9 @@ def local_keys_and_values(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def local_norm(monkeypatch: pytest.MonkeyPatch) -> None:
-    def wait(self: Shared) -> tuple[torch.Tensor, None]:
+    def wait(self: Shared) -> tuple[list[torch.Tensor], None]:
         self.swap.wait()
-        return torch.stack([self.own] * len(self.team)), None
+        return [self.own] * len(self.team), None
 
     monkeypatch.setattr(Shared, "wait", wait)
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from distrifusion.strategies.moments import Affine, corrected_moments, local_moments, merge_moments
+from distrifusion.strategies.moments import KnownNorm, corrected_moments, correcting, local_moments, merge_moments
 
 GROUPS = 2
 heights = st.lists(st.integers(1, 9), min_size=1, max_size=6)
@@ -24,6 +24,13 @@ def merged_from_parts(x: torch.Tensor, rows: list[int]) -> tuple[torch.Tensor, t
     """Moments of x [B, C, H, W] merged from those of its blocks of rows."""
     moments = torch.stack([local_moments(part, GROUPS) for part in x.split(rows, dim=2)])
     return merge_moments(moments, shares(rows))
+
+
+def corrected(
+    moments: torch.Tensor, weights: torch.Tensor, index: int, previous: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Corrected moments of parts [n, 2, B, G] that have these shares of the values [n]."""
+    return corrected_moments(torch.cat([moments, previous[None]]), correcting(weights, index), index)
 
 
 def shares(rows: list[int]) -> torch.Tensor:
@@ -83,9 +90,9 @@ def test_corrected_moments_of_unchanged_values_are_the_merged_ones(
     moments = torch.stack([local_moments(part, GROUPS) for part in x.split(rows, dim=2)])
     weights = shares(rows)
     index = data.draw(st.integers(0, len(rows) - 1))
-    got = corrected_moments(moments, weights, index, previous=moments[index].clone())
-    for corrected, merged in zip(got, merge_moments(moments, weights), strict=True):
-        torch.testing.assert_close(corrected, merged, rtol=1e-5, atol=1e-6)
+    got = corrected(moments, weights, index, previous=moments[index])
+    for moment, merged in zip(got, merge_moments(moments, weights), strict=True):
+        torch.testing.assert_close(moment, merged, rtol=1e-5, atol=1e-6)
 
 
 @given(heights, st.integers(0, 10**6), st.floats(0.3, 3.0), st.floats(-2.0, 2.0))
@@ -93,7 +100,7 @@ def test_corrected_variance_is_never_negative(rows: list[int], seed: int, scale:
     x = picture(rows, seed)
     moments = torch.stack([local_moments(part, GROUPS) for part in x.split(rows, dim=2)])
     previous = local_moments(scale * picture(rows[:1], seed + 1) + shift, GROUPS)
-    _, variance = corrected_moments(moments, shares(rows), 0, previous)
+    _, variance = corrected(moments, shares(rows), 0, previous)
     assert (variance >= 0).all()
 
 
@@ -103,7 +110,7 @@ def test_corrected_moments_are_the_published_formula(rows: list[int], seed: int,
     stale = torch.stack([local_moments(part, GROUPS) for part in picture(rows, seed).split(rows, dim=2)])
     fresh = local_moments(scale * picture(rows[:1], seed + 1) + shift, GROUPS)
     seen = torch.cat([fresh[None], stale[1:]])
-    mean, variance = corrected_moments(seen, shares(rows), 0, previous=stale[0])
+    mean, variance = corrected(seen, shares(rows), 0, previous=stale[0])
 
     weights = shares(rows).double().view(-1, 1, 1)
     raw = torch.stack([stale[:, 0], stale[:, 1] + stale[:, 0].double().square()])  # [2, n, B, G]
@@ -118,7 +125,8 @@ def test_corrected_moments_are_the_published_formula(rows: list[int], seed: int,
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "tokens"])
 @pytest.mark.parametrize("affine", [True, False])
-def test_normalising_with_the_wholes_moments_is_group_norm(layout: str, affine: bool) -> None:
+@pytest.mark.parametrize("differentiable", [True, False])
+def test_normalising_with_the_wholes_moments_is_group_norm(layout: str, affine: bool, differentiable: bool) -> None:
     norm = nn.GroupNorm(GROUPS, 4, affine=affine)
     if affine:
         nn.init.normal_(norm.weight, generator=torch.Generator().manual_seed(1))
@@ -126,4 +134,13 @@ def test_normalising_with_the_wholes_moments_is_group_norm(layout: str, affine: 
     x = picture([7, 4], seed=5, mean=2.0)
     x = {"contiguous": x, "channels_last": x.to(memory_format=torch.channels_last), "tokens": x.flatten(2)}[layout]
     mean, variance = (moment.float() for moment in whole_moments(x.reshape(2, 4, -1)))
-    torch.testing.assert_close(Affine.of(norm, mean, variance)(x), norm(x), rtol=1e-5, atol=1e-5)
+    with torch.set_grad_enabled(differentiable):
+        torch.testing.assert_close(KnownNorm(norm, mean, variance)(x), norm(x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_gradient_finds_the_moments() -> None:
+    norm, x = nn.GroupNorm(GROUPS, 4), picture([7, 4], seed=5, mean=2.0).requires_grad_()
+    weights = torch.arange(x.numel()).view(x.shape).sin()
+    (expected,) = torch.autograd.grad((norm(x) * weights).sum(), x)
+    (got,) = torch.autograd.grad((KnownNorm(norm, *local_moments(x, GROUPS))(x) * weights).sum(), x)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)

@@ -44,10 +44,10 @@ class Shared:
     swap: Swap
     team: tuple[int, ...]
 
-    def wait(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """All stacked in band order, own always fresh; and the own one that the others still use, None if fresh."""
+    def wait(self) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+        """All in band order, own always fresh; and the own one that the others still use, None if fresh."""
         received = self.swap.wait()
-        return torch.stack([received.get(rank, self.own) for rank in self.team]), self.previous
+        return [received.get(rank, self.own) for rank in self.team], self.previous
 
 
 @dataclass

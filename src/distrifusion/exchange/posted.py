@@ -21,6 +21,11 @@ class Posted(ABC):
         self.tag = tag_of(name)
         self._pending: Pending | None = None
 
+    @property
+    def is_under_way(self) -> bool:
+        """Whether something was posted that nobody has waited for."""
+        return self._pending is not None
+
     def settle(self) -> None:
         """Wait for what was posted; afterwards the tensors may be read and written."""
         if self._pending is not None:

@@ -16,8 +16,9 @@ def value_of(kind: str | None, site: str) -> str:
 
 def settle(posted: Posted, what: str) -> None:
     """Wait until posted values have arrived."""
-    with named(what):
-        posted.settle()
+    if posted.is_under_way:
+        with named(what):
+            posted.settle()
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from distrifusion.exchange.verbs import Exchange
 from distrifusion.layout.partition import Interval, Level
 from distrifusion.plan import Norms, SiteKind, Split
 from distrifusion.strategies.attach import Attachment
-from distrifusion.strategies.moments import Affine, corrected_moments, local_moments, merge_moments
+from distrifusion.strategies.moments import KnownNorm, corrected_moments, correcting, local_moments, merge_moments
 from distrifusion.strategies.strips import Made, Piece, Rows, convolve, empty_rows, layout_read_by, reach
 
 Forward = Callable[..., torch.Tensor]
@@ -208,10 +208,10 @@ class PatchStrategy:
         halo = self._halo(conv, x) if conv and self._border_travels_early() else None
         own = local_moments(x, site.module.num_groups)
         moments = own.unbind() if self.step.separate_norms else self._moments(site, level.bands, own)
-        norm = Affine.of(site.module, *moments)
+        norm = KnownNorm(site.module, *moments)
         return norm(x) if conv is None else self._stand_in(x, conv, self._activated(x, norm, conv, halo))
 
-    def _activated(self, x: torch.Tensor, norm: Affine, conv: ConvSite, halo: Halo | None) -> Rows:
+    def _activated(self, x: torch.Tensor, norm: KnownNorm, conv: ConvSite, halo: Halo | None) -> Rows:
         """A band, normed and activated, in what surrounds it, which `halo` has as the norm's input if given."""
         dim = self.step.dim
 
@@ -243,10 +243,11 @@ class PatchStrategy:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and variance [B, G] over all bands, from the own ones [2, B, G] and what the others say."""
         moments, previous = self._exchange.share(site.name, SiteKind.NORM, own).wait()
-        weights = _shares(bands, own.device)
         if previous is None or self._norms is Norms.STALE:
-            return merge_moments(moments, weights)
-        return corrected_moments(moments, weights, self.step.index, previous)
+            return merge_moments(torch.stack(moments), _shares(bands, own.device))
+        index = self.step.index
+        weights = _correcting_shares(bands, index, own.device)
+        return corrected_moments(torch.stack([*moments, previous]), weights, index)
 
     def _activation(self, forward: Forward, x: torch.Tensor) -> torch.Tensor:
         """The activation of a normed band is part of what its convolution reads."""
@@ -335,6 +336,12 @@ def _shares(bands: tuple[Interval, ...], device: torch.device) -> torch.Tensor:
     """Share of the rows in every band, on the device once and for all: a copy per layer would make a GPU wait."""
     rows = torch.tensor([float(len(band)) for band in bands])
     return (rows / rows.sum()).to(device)
+
+
+@lru_cache(maxsize=256)
+@torch.inference_mode(False)
+def _correcting_shares(bands: tuple[Interval, ...], index: int, device: torch.device) -> torch.Tensor:
+    return correcting(_shares(bands, torch.device("cpu")), index).to(device)
 
 
 def input_rows(conv: nn.Module, dim: int, out: Interval) -> Interval:

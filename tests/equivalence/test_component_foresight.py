@@ -1,4 +1,4 @@
-"""Where a chain is cut is foreseen without values, as a call that was made would show it; or it is said that it is not."""
+"""Where a chain is cut is foreseen without values, as a call that is made shows it; or it is said that it is not."""
 
 from __future__ import annotations
 

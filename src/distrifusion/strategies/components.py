@@ -76,6 +76,9 @@ class ComponentStrategy:
         exchange: this rank's.
         plan: into how many components.
         aside: holds the layers of other components.
+
+    Attributes:
+        own: names of the layers that this rank runs in any kind of call so far.
     """
 
     def __init__(self, exchange: Exchange, plan: Plan, aside: Aside) -> None:

@@ -43,7 +43,7 @@ def unet() -> Case:
 
 def adapter_residuals() -> Case:
     model, x = unet()
-    shapes = [(16, 9, 5), (32, 5, 3), (32, 5, 3)]
+    shapes = [(16, 9, 5), (32, 9, 5), (32, 5, 3)]
     return model, {**x, "down_intrablock_additional_residuals": [torch.ones(1, *shape) for shape in shapes]}
 
 

@@ -12,7 +12,9 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from distrifusion.nested import map_tensors, tensors_of
 from distrifusion.strategies.watching import Watch
@@ -52,9 +54,21 @@ def foresee(
     watch = Watch()
     for name, (layer, own) in layers.items():
         vars(copies[id(layer)])["forward"] = partial(_watched, watch, name, copy.deepcopy(own, copies))
-    with torch.no_grad(), watch:
+    with torch.no_grad(), _ByShape(), watch:
         result = copy.deepcopy(forward, copies)(*map_tensors(args, _empty), **map_tensors(dict(kwargs), _empty))
     return watch, result
+
+
+class _ByShape(TorchFunctionMode):
+    """Answers what torch would take to pieces without values, in Python: a few functions, most of the time."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (F.group_norm, F.layer_norm):
+            return torch.empty_like(args[0])
+        if func is F.scaled_dot_product_attention and len(args) == 3 and (kwargs or {}).get("attn_mask") is None:
+            query, _, value = args
+            return query.new_empty(*query.shape[:-1], value.shape[-1])
+        return func(*args, **(kwargs or {}))
 
 
 def _without_values(modules: Iterable[nn.Module]) -> dict[int, Any]:

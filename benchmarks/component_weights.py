@@ -1,24 +1,20 @@
 """The part of a U-Net's weights that each rank of components works with, and what it takes to foresee where it is cut.
 
-SDXL's at 1024x1024 from shapes, nothing is computed; `--resident FOLDER` draws with a pipeline that is saved there, and
-counts the bytes of its denoiser's files that each process has read.
+SDXL's at 1024x1024, and the embedded one, from shapes: nothing is computed.
 
-python benchmarks/component_weights.py [--resident FOLDER]
+python benchmarks/component_weights.py
 """
 
 from __future__ import annotations
 
-import argparse
-import re
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
 from published import SDXL
 
-from distrifusion import Plan, load
+from distrifusion import Plan
 from distrifusion.anatomy import anatomy_of
 from distrifusion.denoiser import ParallelDenoiser
 from distrifusion.planner.blueprint import open_blueprint
@@ -26,20 +22,10 @@ from distrifusion.planner.rehearsal import SilentTransport
 from distrifusion.strategies.foreseeing import foresee
 
 PLANS = ("async2", "async3", "async4", "async2.stride2")
-RESIDENT = ("patch2", "async2.w0", "async2.stride2.w0")
-_MAPPING = re.compile(r"^[0-9a-f]+-[0-9a-f]+ \S+ \S+ \S+ \S+ +(?P<file>.*)$")
 
 
 def main() -> None:
     """Print Markdown tables."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--resident", type=Path, help="a folder with a pipeline whose weights have the type they run in"
-    )
-    folder = parser.parse_args().resident
-    if folder is not None:
-        print_resident(folder)
-        return
     with torch.device("meta"):
         unet = UNet2DConditionModel(**SDXL)
         arguments = {
@@ -78,27 +64,6 @@ def seconds(model: Any, arguments: dict[str, Any]) -> float:
     start = time.perf_counter()
     foresee(model, model.forward, layers, (), arguments)
     return time.perf_counter() - start
-
-
-def print_resident(folder: Path) -> None:
-    """The table of bytes that processes have read."""
-    print("| plan | MB of the denoiser's file in memory, by process |\n|---|---|")
-    for plan in RESIDENT:
-        with load(folder, devices=2, plan=plan) as pipe:
-            pipe("a lake", num_inference_steps=3, output_type="latent", height=128, width=128)
-            found = [f"{resident(pid) / 1e6:.1f}" for pid in pipe.pids]
-        print(f"| `{plan}` | {', '.join(found)} |", flush=True)
-
-
-def resident(pid: int) -> int:
-    """Bytes of a denoiser's mapped files that a process has in its memory."""
-    total, inside = 0, False
-    for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
-        if (mapping := _MAPPING.match(line)) is not None:
-            inside = "/unet/" in mapping["file"] or "/transformer/" in mapping["file"]
-        elif inside and line.startswith("Rss:"):
-            total += 1024 * int(line.split()[1])
-    return total
 
 
 if __name__ == "__main__":

@@ -101,6 +101,16 @@ class ParallelDenoiser(Division):
         """Bytes of the model's weights that this rank works with."""
         return self._rule.weight_bytes()
 
+    @property
+    def aside(self) -> list[nn.Module]:
+        """Parts of the model that this rank does not run, as far as that is known: their weights may be elsewhere."""
+        return self._rule.aside.modules
+
+    def detach(self) -> None:
+        """Restore the model as it was, with all weights where its first parameter is."""
+        super().detach()
+        self._rule.aside.hold(())
+
     def _find_sites(self) -> list[Site]:
         return self._rule.sites()
 

@@ -30,6 +30,7 @@ from distrifusion.exchange.transport import SingleTransport, Transport
 from distrifusion.once import ENCODERS
 from distrifusion.plan import Plan, Split
 from distrifusion.request import Parallel, callbacks_alone, request
+from distrifusion.strategies.weights import staying
 
 _HANDLE = "_distrifusion"
 # Components that predict; those after the first take over in the course of a run, and have a prefix of their own.
@@ -42,6 +43,7 @@ def parallelize(
     mesh: DeviceMesh | Transport | None = None,
     pictures: str = "all",
     cuda_graphs: bool = False,
+    device: torch.device | None = None,
 ) -> DiffusionPipeline:
     """Divide the denoiser of a diffusers pipeline over the ranks of a plan, in place (DistriFusion, arXiv 2402.19481).
 
@@ -56,13 +58,15 @@ def parallelize(
 
     Args:
         pipe: an unmodified pipeline with a `unet` (SDXL, SD 1.x, SD 2.x) or a `transformer` (SD3, FLUX, PixArt, Wan and
-            others); it stays of its class, parameters keep their names. It is on this rank's device already.
+            others); it stays of its class, parameters keep their names.
         plan: a Plan or its text, such as "cfg2.patch2.displaced.w4".
         mesh: the ranks. None: the default process group, initialised by the caller. A one-dimensional DeviceMesh: its
             group. A Transport: messages of the caller's own making.
         pictures: "all", or "first": then the pictures that a run decodes are put together on rank 0 alone, and the call
             returns None on the other ranks. Latents all ranks get.
         cuda_graphs: within a run, capture denoiser calls that repeat and replay them (`docs/cuda-graphs.md`).
+        device: this rank's, where the pipeline is moved to without the layers that the plan gives to other ranks; they
+            stay in the host's memory. None: the pipeline is on this rank's device already.
 
     Returns:
         The same pipeline.
@@ -85,10 +89,11 @@ def parallelize(
     if first is None:
         raise UnsupportedModel(f"{type(pipe).__name__} has no {' or '.join(_DENOISERS)} that could be parallelized")
     shared = _division_of(first)
-    transport = shared.exchange.transport if shared else _transport(plan, mesh, pipe.device)
+    place = device or pipe.device
+    transport = shared.exchange.transport if shared else _transport(plan, mesh, place)
     plan.check_devices(transport.world_size)
     if cuda_graphs:
-        graphs.check_device(pipe.device)
+        graphs.check_device(place)
         graphs.check_transport(transport)
     denoisers: list[ParallelDenoiser] = []
     coders: list[ParallelCoder] = []
@@ -97,6 +102,9 @@ def parallelize(
             denoisers.append(_divide(model, plan, transport, prefix, cuda_graphs))
         for prefix, model in _coders(pipe).items() if plan.num_ranks > 1 else ():
             coders += _divide_coder(model, plan, transport, prefix)
+        if device is not None:
+            with staying(module for denoiser in denoisers for module in denoiser.aside):
+                pipe.to(device)
     except BaseException:
         _leave([*denoisers, *coders], pipe)
         raise

@@ -125,9 +125,10 @@ def _join(
     if cuda_graphs:
         check_device(device)
     joined = place.join(_group_backend(backend, device), device, step_timeout)
-    pipe = found.open(device)
     if plan.num_ranks > 1 or cuda_graphs:
-        parallelize(pipe, plan, cuda_graphs=cuda_graphs)
+        pipe = parallelize(found.open(), plan, cuda_graphs=cuda_graphs, device=device)
+    else:
+        pipe = found.open(device)
     return InProcessPipeline(pipe, plan, (device,) * plan.num_ranks, threads, place.rank, ends_group=joined)
 
 

@@ -77,8 +77,15 @@ def test_a_call_of_a_transformer_sends_the_streams_once(family: str, prediction:
     assert expected(seen, plan, 0, prediction, True)["hidden"] == streams
 
 
-def test_the_first_call_of_a_kind_sends_nothing_but_presence(sdxl: UNet2DConditionModel) -> None:
-    for sent in traffic(sdxl, Plan.parse("async3.w0"), [unet_inputs(sdxl, 1, 17, 9)]):
+def test_the_first_call_of_a_kind_sends_what_all_others_do(sdxl: UNet2DConditionModel) -> None:
+    plan, x = Plan.parse("async3.w0"), unet_inputs(sdxl, 1, 17, 9)
+    seen = watched(sdxl, x)
+    for component, sent in enumerate(traffic(sdxl, plan, [x])):
+        assert Counter(sent.by_kind) == expected(seen, plan, component, 4 * 17 * 9, True)
+
+
+def test_a_call_that_runs_whole_sends_nothing_but_presence(sdxl: UNet2DConditionModel) -> None:
+    for sent in traffic(sdxl, Plan.parse("async3.timed.w3"), [unet_inputs(sdxl, 1, 17, 9)]):
         assert sent.by_kind == {"exit": 2}
 
 

@@ -1,4 +1,4 @@
-"""A rank of components works with the weights of its own; those that were set aside come back whole."""
+"""A rank of components needs the weights of its own alone, from the first call on; the others come back whole."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from distrifusion import Plan
 from distrifusion.anatomy import anatomy_of
 from distrifusion.denoiser import ParallelDenoiser
 from distrifusion.exchange.virtual import VirtualWorld
+from distrifusion.planner.rehearsal import SilentTransport
+from distrifusion.strategies import weights
 from distrifusion.strategies.components import ComponentStrategy
 from distrifusion.strategies.weights import Aside
 from models import moved, relative_error, run_request, unet_inputs
@@ -116,11 +118,46 @@ def several_shapes(model: UNet2DConditionModel) -> list[list[Inputs]]:
     return [[a, a], [b, b, moved(b)], [a, b, moved(a)], [moved(a, seed=1)]]
 
 
-def test_another_shape_runs_whole_with_weights_that_are_fetched_for_it(
-    sdxl: UNet2DConditionModel, away: WeakTensorKeyDictionary
+@pytest.mark.parametrize("plan", ["async2.sync", "async3.w9", "async4.sync", "cfg2.async2.w9"])
+def test_no_call_reads_the_weights_of_a_layer_that_another_rank_runs(
+    sdxl: UNet2DConditionModel, plan: str, away: WeakTensorKeyDictionary, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """They are no numbers when the plan is put on, and no call fetches them; nor do those of another shape."""
+    nothing_is_fetched(monkeypatch)
+    assert error(sdxl, plan, several_shapes(sdxl)) <= EXACT
+    assert not away
+
+
+@pytest.mark.parametrize("family", ["SD3", "Hunyuan-DiT", "Wan 2.1"])
+def test_no_call_of_a_transformer_reads_the_weights_of_a_block_that_another_rank_runs(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nothing_is_fetched(monkeypatch)
+    x = FAMILIES[family].inputs(1, *FAMILIES[family].size)
+    assert error(FAMILIES[family].make(), "async3.sync", [[x, moved(x)]]) <= EXACT
+
+
+def test_calls_that_run_whole_fetch_the_weights_of_one_layer_at_a_time(
+    sdxl: UNet2DConditionModel, away: WeakTensorKeyDictionary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nothing_is_foreseen(monkeypatch)
     assert error(sdxl, "async2.sync", several_shapes(sdxl)) <= EXACT
     assert not away
+
+
+def test_no_layer_comes_back_while_the_layers_are_put_on_again(
+    sdxl: UNet2DConditionModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, own = unet_inputs(sdxl, 1, 17, 9), copy.deepcopy(sdxl)
+    denoiser = ParallelDenoiser(own, Plan.parse("async2.sync"), SilentTransport(0, 2, {}))
+    denoiser.attach()
+    with torch.no_grad():
+        own(**x)
+    moves: list[torch.device] = []
+    monkeypatch.setattr(weights, "_move", lambda module, device: moves.append(device))
+    own.mid_block.extra = torch.nn.Linear(1, 1)
+    denoiser.refresh()
+    assert set(moves) == {weights.HOST}
 
 
 def test_putting_the_layers_on_again_sets_the_same_ones_aside(sdxl: UNet2DConditionModel) -> None:
@@ -147,20 +184,31 @@ def test_putting_the_layers_on_again_sets_the_same_ones_aside(sdxl: UNet2DCondit
 # Broken on purpose
 
 
+def nothing_is_foreseen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ComponentStrategy, "foresee", lambda *_: None)
+
+
 def own_layers_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ComponentStrategy, "idle", property(lambda self: [site.module for site in self._sites][-3:]))
+    monkeypatch.setattr(
+        ComponentStrategy, "_set_aside", lambda self: self._aside.hold([site.module for site in self._chain][-3:])
+    )
 
 
 def nothing_is_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Aside, "lent", lambda self, module: nullcontext())
 
 
+def the_first_call_runs_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    nothing_is_foreseen(monkeypatch)
+    nothing_is_fetched(monkeypatch)
+
+
 def nothing_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
     intact = Aside.hold
-    monkeypatch.setattr(Aside, "hold", lambda self, modules: intact(self, {*self._homes, *modules}))
+    monkeypatch.setattr(Aside, "hold", lambda self, modules: intact(self, {*self.modules, *modules}))
 
 
-@pytest.mark.parametrize("spoil", [own_layers_too, nothing_is_fetched])
+@pytest.mark.parametrize("spoil", [own_layers_too, the_first_call_runs_whole])
 def test_the_gate_sees_weights_that_are_missed(
     sdxl: UNet2DConditionModel, spoil: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -147,7 +147,7 @@ def test_a_rank_works_with_the_weights_of_its_stage_alone() -> None:
         denoiser = ParallelDenoiser(own, Plan.parse("pipe3.m4.w0"), transport)
         denoiser.attach()
         with torch.no_grad():
-            for parameter in (p for block in denoiser._rule._idle for p in block.parameters()):
+            for parameter in (p for block in denoiser.aside for p in block.parameters()):
                 parameter.fill_(torch.nan)
             outputs = run_request(own, denoiser, [x, x, x])
         return max(relative_error(output, reference) for output in outputs), denoiser.weight_bytes

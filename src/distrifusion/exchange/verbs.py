@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -94,6 +95,11 @@ class Exchange:
                     settle(posted, f"values that are kept under '{posted.name}'")
             state.calls += 1
         self.underway.end_call()
+
+    def catch_up(self) -> None:
+        """Have what is taken in this call be this call's, also where a plan would take it late. Every rank calls it."""
+        self.num_synchronous += self._policy.late
+        self._policy = replace(self._policy, late=False, renews=True, given_at=None)
 
     def repeated(self, policy: CallPolicy, sent: Counter[str], num_posts: int) -> None:
         """Count a denoiser call of which the device repeated everything that this object does from `begin` to `end`."""

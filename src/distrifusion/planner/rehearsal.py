@@ -276,8 +276,8 @@ def _calls(
     denoiser = ParallelDenoiser(model, replace(plan, warmup=0, timed=False, resync=None), transport)
     denoiser.attach()
     try:
-        weights = denoiser.weight_bytes
         fresh, cycle = _request(model, denoiser, transport, arguments)
+        weights = denoiser.weight_bytes
     except RuntimeError as error:
         return None, transport.said, error
     finally:
@@ -291,12 +291,13 @@ def _request(
     """The first call of a request, and a cycle of those after its warm-up."""
     plan = denoiser.plan
     with torch.no_grad():
+        if plan.components > 1:
+            model(**arguments)  # the chain is cut before its first call; what that takes is no work of a device
         denoiser.open("rehearsal")
         fresh = _one(model, denoiser, transport, arguments)
         cycle = [fresh]
-        # In the first call of a transformer ranks also tell each other how many tokens they have, and components are
-        # found.
-        if transport.said or not plan.exact or plan.components > 1:
+        # In the first call of a transformer ranks also tell each other how many tokens they have.
+        if transport.said or not plan.exact:
             cycle = [_one(model, denoiser, transport, arguments) for _ in range(plan.stride)]
         transport.begin()  # what is still under way was not waited for by a call
         denoiser.close()

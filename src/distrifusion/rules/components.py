@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -32,7 +33,7 @@ class ComponentRule(Rule[Anatomy | TokenAnatomy]):
 
     def __init__(self, subject: Subject[Anatomy | TokenAnatomy]) -> None:
         super().__init__(subject)
-        self._components = ComponentStrategy(self._exchange, self._plan)
+        self._components = ComponentStrategy(self._exchange, self._plan, self.aside)
         self._chain: list[LinkSite] = []
         self._expected: list[Swap] | None = None
         self._here: Swap | None = None
@@ -47,23 +48,22 @@ class ComponentRule(Rule[Anatomy | TokenAnatomy]):
 
     def weight_bytes(self) -> int:
         """Bytes of the model's weights without the layers of other components; of all until it is known which."""
-        return num_bytes(self._components.idle, self._model)
+        return num_bytes(self.aside.modules if self._components.own else (), self._model)
 
     def attach(self, sites: Sequence[Site], layers: Attachment) -> None:
         """Replace the forwards of the layers."""
         self._chain = [site for site in sites if isinstance(site, LinkSite)]
-        self._components.attach(self._model, self._chain, layers)
+        self._components.attach(self._chain, layers)
 
     def question(self, call: Call) -> None:
-        """What is kept is known when the first call has been watched."""
+        """What is kept is known when the chain has been cut."""
 
     def compute(
         self, forward: Callable[..., Any], call: Call, layout: CallLayout, num_before: int, past_warmup: bool
     ) -> Any:
         """Run the model's own forward on this rank's batch rows; layers of other components do not run in it."""
-        given_at = self._exchange.given_at if self._chain and self._plan.timeshift and layout.index else None
-        own_call = call if given_at is None else call.at(given_at)
-        args, kwargs = own_call.of_rows(partial(take_rows, layout.rows, call.sample.shape[0]))
+        rows = partial(take_rows, layout.rows, call.sample.shape[0])
+        args, kwargs = call.of_rows(rows)
         self._here = self._meet(call.sample)
         self._expected = None
         self._whole = True
@@ -78,16 +78,24 @@ class ComponentRule(Rule[Anatomy | TokenAnatomy]):
             keeps=self._plan.late and num_before + 1 >= self._plan.num_synchronous,
             cuts=num_before + 1 >= self._plan.num_whole,
         )
+        if self._components.cut_of(step.kind) is None:
+            self._components.foresee(self._model, forward, args, kwargs, step)
+            # Of calls of a kind that is new nothing may have been kept.
+            self._exchange.catch_up()
+            step = replace(step, runs=True)
+        given_at = self._exchange.given_at if self._plan.timeshift and layout.index else None
+        if given_at is not None:
+            args, kwargs = call.at(given_at).of_rows(rows)
         if (cut := self._components.cut_of(step.kind)) is not None:
             self._whole = False
             if not _is_last(layout):
-                # Asked for before the own layers run: who gives the prediction does not wait until it is taken.
-                nothing = [like.new_empty(0, device=call.sample.device) for like in tensors_of(cut.result)]
-                self._expected = [
-                    self._trade(own, like.shape, layout, takers=())
-                    for own, like in zip(nothing, tensors_of(cut.result), strict=True)
-                ]
+                self._expected = self._expect(list(tensors_of(cut.result)), layout, call.sample.device)
         return self._components.run(partial(forward, *args, **kwargs), step)
+
+    def _expect(self, result: Sequence[torch.Tensor], layout: CallLayout, device: torch.device) -> list[Swap]:
+        """Ask for the prediction before the own layers run: who gives it does not wait until it is taken."""
+        nothing = [like.new_empty(0, device=device) for like in result]
+        return [self._trade(own, like.shape, layout, takers=()) for own, like in zip(nothing, result, strict=True)]
 
     def join(self, result: Any, call: Call, layout: CallLayout) -> Any:
         """The model's own output with all rows of the batch."""

@@ -19,7 +19,7 @@ from distrifusion.memory.check import Question
 from distrifusion.nested import map_tensors
 from distrifusion.plan import Plan
 from distrifusion.strategies.attach import Attachment
-from distrifusion.strategies.weights import num_bytes
+from distrifusion.strategies.weights import Aside, num_bytes
 
 Facts = TypeVar("Facts", bound=Anatomy | TokenAnatomy)
 
@@ -44,7 +44,11 @@ class Subject(Generic[Facts]):
 
 
 class Rule(ABC, Generic[Facts]):
-    """How the calls of one kind of denoiser are divided within a team; all methods are called on every rank."""
+    """How the calls of one kind of denoiser are divided within a team; all methods are called on every rank.
+
+    Attributes:
+        aside: parts of the model that this rank does not run.
+    """
 
     def __init__(self, subject: Subject[Facts]) -> None:
         self._model = subject.model
@@ -52,10 +56,11 @@ class Rule(ABC, Generic[Facts]):
         self._plan = subject.plan
         self._exchange = subject.exchange
         self._prefix = subject.prefix
+        self.aside = Aside(subject.model)
 
     def weight_bytes(self) -> int:
-        """Bytes of the model's weights that this rank works with: of all, unless the rule says otherwise."""
-        return num_bytes((), self._model)
+        """Bytes of the model's weights that this rank works with: of all parts that are not aside."""
+        return num_bytes(self.aside.modules, self._model)
 
     @abstractmethod
     def sites(self) -> list[Site]:

@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
 
 from distrifusion.anatomy.base import Site
 from distrifusion.anatomy.blocks import BlockSite, alike_parts, blocks_of
@@ -26,7 +25,6 @@ from distrifusion.strategies.attention import Piece, TokenStep
 from distrifusion.strategies.pipefusion import Flow, PieceAttention, StageStrategy, Stream
 from distrifusion.strategies.tokens import TokenStrategy, TooFewTokens
 from distrifusion.strategies.ulysses import UlyssesAttention
-from distrifusion.strategies.weights import num_bytes, set_aside
 
 
 @dataclass
@@ -61,7 +59,6 @@ class StageRule(Rule[TokenAnatomy]):
         self._stages = StageStrategy(self._exchange, self._tokens, attend, self._prefix)
         self._without_values = TokenShapes(self._model, self._anatomy, StageQuestion)
         self._shapes: dict[Hashable, Shapes] = {}
-        self._idle: list[nn.Module] = []
         self._check(blocks_of(self._model, self._anatomy.blocks))
 
     def _check(self, blocks: Sequence[BlockSite]) -> None:
@@ -89,13 +86,8 @@ class StageRule(Rule[TokenAnatomy]):
         place = self._exchange.transport.rank % self._plan.team
         stage = place // (self._plan.team // self._plan.stages)
         own = alike_parts(blocks, attentions, self._plan.stages)[stage]
-        self._idle = [block.module for block in blocks if not own.start <= block.index < own.stop]
-        set_aside(self._idle, layers)
+        self.aside.hold(block.module for block in blocks if not own.start <= block.index < own.stop)
         self._stages.attach(sites, own, layers)
-
-    def weight_bytes(self) -> int:
-        """Bytes of the model's weights without the blocks of other stages, which this rank never runs."""
-        return num_bytes(self._idle, self._model)
 
     def question(self, call: TokenCall) -> TokenQuestion | None:
         """The call as one whose values are to be kept; None, with a warning, where shapes do not tell."""

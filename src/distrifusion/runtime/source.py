@@ -67,8 +67,8 @@ class Source:
         if self.facts is not None:
             check_class(self.facts.cls, plan)
 
-    def open(self, device: torch.device) -> diffusers.DiffusionPipeline:
-        """Read the weights and place the pipeline on `device`.
+    def open(self, device: torch.device | None = None) -> diffusers.DiffusionPipeline:
+        """Read the weights and place the pipeline on `device`; None leaves it where it is, on the host if it was read.
 
         Raises:
             ConfigError: if a factory returns something else than a diffusers pipeline.
@@ -79,7 +79,7 @@ class Source:
             pipe = self.origin()
         if not isinstance(pipe, diffusers.DiffusionPipeline):
             raise ConfigError(f"the factory returned a {type(pipe).__name__}; it must return a diffusers pipeline")
-        return pipe.to(device)
+        return pipe if device is None else pipe.to(device)
 
 
 def facts_of(pipe: diffusers.DiffusionPipeline) -> PipelineFacts:

@@ -130,7 +130,8 @@ class Worker:
         limit = datetime.timedelta(seconds=op.limit)
         store = dist.TCPStore("127.0.0.1", op.port, is_master=False, timeout=limit)
         dist.init_process_group(op.backend, store=store, rank=self.rank, world_size=self.board.num_ranks, timeout=limit)
-        pipe = op.source.open(self.device) if self.opened is None else self.opened
+        # One that was opened for all ranks is on the host, as they are.
+        pipe, device = (op.source.open(), self.device) if self.opened is None else (self.opened, None)
         # Before parallelize gives it a class of its own, which the caller could not import.
         facts = facts_of(pipe)
         assert dist.group.WORLD is not None, "initialised above"
@@ -138,7 +139,7 @@ class Worker:
         counted = CountedTransport(transport, partial(self.board.count, self.rank))
         # A pipeline of somebody's own may go on after it has decoded, and then every rank needs the picture.
         pictures = "first" if facts.cls.__module__.startswith("diffusers.") else "all"
-        self.pipe = parallelize(pipe, op.plan, counted, pictures, op.cuda_graphs)
+        self.pipe = parallelize(pipe, op.plan, counted, pictures, op.cuda_graphs, device)
         self.pipe.progress_bar = WatchedBars(partial(RelayedBar, self.line, self.rank), self.boundaries)
         return facts
 

@@ -27,10 +27,6 @@ class Attachment:
 
         self._restores.append(restore)
 
-    def undo(self, restore: Callable[[], None]) -> None:
-        """Have something undone that was changed otherwise."""
-        self._restores.append(restore)
-
     def detach(self) -> None:
         """Restore everything, last first."""
         while self._restores:

@@ -6,7 +6,7 @@ layers read of its output was sent by the rank that runs it, and zeros stand for
 
 from __future__ import annotations
 
-from collections import Counter
+import warnings
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,7 +22,8 @@ from distrifusion.nested import map_tensors, tensors_of
 from distrifusion.plan import Plan
 from distrifusion.strategies.attach import Attachment
 from distrifusion.strategies.cutting import Cut, Cuts
-from distrifusion.strategies.watching import Stopwatch, Watch
+from distrifusion.strategies.foreseeing import foresee
+from distrifusion.strategies.watching import Stopwatch, Uses, Watch
 from distrifusion.strategies.weights import Aside
 
 Forward = Callable[..., Any]
@@ -57,58 +58,88 @@ class Whole:
 
     Attributes:
         observer: looks on.
-        sites: the layers that have run, by name, in their order.
-        outputs: what they gave, if it must be kept.
+        outputs: what layers gave, in the order in which they ran, if it must be kept.
     """
 
     observer: Watch | Stopwatch
-    sites: list[str] = field(default_factory=list)
     outputs: list[Any] = field(default_factory=list)
 
 
 class ComponentStrategy:
     """Runs the layers of one component.
 
-    The first call of a kind runs whole on every rank and is watched, maybe some more are timed: what reads what, and
-    what costs how much, says where the chain is cut, alike on all ranks. Only then it is known which weights a rank
-    works with.
+    Before the first call of a kind it is foreseen what reads what, and what costs how much: that says where the chain
+    is cut, alike on all ranks, and which weights a rank works with. Where it cannot be foreseen, or layers are to be
+    timed, the first calls run whole on every rank and are watched; weights are then fetched for one layer at a time.
+
+    Args:
+        exchange: this rank's.
+        plan: into how many components.
+        aside: holds the layers of other components.
+
+    Attributes:
+        own: names of the layers that this rank runs in any kind of call so far.
     """
 
-    def __init__(self, exchange: Exchange, plan: Plan) -> None:
+    def __init__(self, exchange: Exchange, plan: Plan, aside: Aside) -> None:
         self._exchange = exchange
         self._plan = plan
+        self._aside = aside
         self._cuts = Cuts(exchange, plan)
         self._step: ComponentStep | None = None
         self._whole: Whole | None = None
-        self._uses: Counter[str] = Counter()
+        self._uses = Uses()
         self._stream: list[torch.Tensor] | None = None
-        self._sites: Sequence[LinkSite] = ()
-        self._first: nn.Parameter | None = None
-        self._own: set[str] = set()
-        self._aside = Aside(Attachment())
+        self._chain: dict[LinkSite, Forward] = {}
+        self._warned = False
+        self.own: set[str] = set()
 
-    def attach(self, model: nn.Module, sites: Sequence[LinkSite], attachment: Attachment) -> None:
+    def attach(self, sites: Sequence[LinkSite], attachment: Attachment) -> None:
         """Replace the forward of every layer of the chain, and set aside the weights of those that do not run here."""
-        self._sites, self._first = sites, next(model.parameters())
+        self._chain = {site: site.module.forward for site in sites}
         for site in sites:
             attachment.replace(site.module, "forward", partial(partial, self._layer, site))
-        self._aside = Aside(attachment)
-        self._aside.hold(self.idle)
+        self._set_aside()
 
-    @property
-    def idle(self) -> list[nn.Module]:
-        """The layers of other components in every kind of call so far; none before the first was cut.
-
-        Not the layer that has the model's first parameter: a model says by it on which device it is.
-        """
-        if not self._own:
-            return []
-        foreign = [site.module for site in self._sites if site.name not in self._own]
-        return [module for module in foreign if all(p is not self._first for p in module.parameters())]
+    def _set_aside(self) -> None:
+        self._aside.hold(site.module for site in self._chain if site.name not in self.own)
 
     def cut_of(self, kind: Hashable) -> Cut | None:
         """Who runs what in calls of a kind; None while they run whole."""
         return self._cuts.get(kind)
+
+    def foresee(
+        self, model: nn.Module, forward: Forward, args: Sequence[Any], kwargs: dict[str, Any], step: ComponentStep
+    ) -> None:
+        """Cut a kind of call before the first one is made, where shapes tell all that is wanted.
+
+        Args:
+            model: the denoiser.
+            forward: its own.
+            args, kwargs: of this rank's call.
+            step: the call.
+        """
+        if self._plan.timed or self._cuts.num_layers(step.kind) is not None:
+            return
+        layers = {site.name: (site.module, forward) for site, forward in self._chain.items()}
+        try:
+            watch, result = foresee(model, forward, layers, args, kwargs)
+        except Exception as error:  # the model's code may be anything; what is wrong with the call, the call will say
+            self._warn(model, error)
+            return
+        check_components(self._plan, len(watch.seen))
+        self._cuts.note(step.kind, watch, result)
+        self._cut(step, next(tensors_of((args, kwargs))).device)
+
+    def _warn(self, model: nn.Module, error: Exception) -> None:
+        if not self._warned and self._exchange.transport.rank == 0:
+            reason = (str(error).strip().splitlines() or [""])[0]
+            warnings.warn(
+                f"plan '{self._plan}': shapes do not tell where {type(model).__name__} is cut "
+                f"({type(error).__name__}: {reason}); the first call of a shape runs whole on every rank",
+                stacklevel=2,
+            )
+        self._warned = True
 
     def run(self, forward: Callable[[], Any], step: ComponentStep) -> Any:
         """The model's result: whole on every rank until a kind of call is cut, then on the last component's alone."""
@@ -136,33 +167,37 @@ class ComponentStrategy:
                 result = forward()
         finally:
             self._whole = None
-        check_components(self._plan, len(whole.sites))
-        self._check_all_ran(expected or len(whole.sites))
+        check_components(self._plan, self._uses.total())
+        self._check_all_ran(expected or self._uses.total())
         self._cuts.note(step.kind, whole.observer, result)
         if step.cuts:
-            self._cut(step, whole, next(tensors_of(result)).device)
+            cut = self._cut(step, next(tensors_of(result)).device)
+            self._keep(cut, step, whole.outputs)
         return result
 
-    def _cut(self, step: ComponentStep, whole: Whole, device: torch.device) -> None:
-        """Let components run from the next call on, which may take what the whole gave in this one."""
+    def _cut(self, step: ComponentStep, device: torch.device) -> Cut:
+        """Let components run in calls of a kind from now on."""
         cut = self._cuts.cut(step.kind, step.chain, device)
-        self._own |= {whole.sites[place] for place in cut.depth.runs[step.index]}
-        self._aside.hold(self.idle)
+        uses = list(cut.seen.values())
+        self.own |= {uses[place].site for place in cut.depth.runs[step.index]}
+        self._set_aside()
+        return cut
+
+    def _keep(self, cut: Cut, step: ComponentStep, outputs: Sequence[Any]) -> None:
+        """Let the next call take what layers gave in one that ran whole; nothing if there are no outputs."""
         names = list(cut.places)
-        for place in sorted(cut.depth.takes[step.index]) if step.keeps else ():
+        for place in sorted(cut.depth.takes[step.index]) if outputs else ():
             giver = step.team[cut.depth.owner[place]]
-            self._exchange.keep(names[place], self._of_stream(whole.outputs[place], -1), giver)
+            self._exchange.keep(names[place], self._of_stream(outputs[place], -1), giver)
 
     def _layer(self, site: LinkSite, forward: Forward, *args: Any, **kwargs: Any) -> Any:
-        use = self._uses[site.name]
-        self._uses[site.name] += 1
-        name = f"{site.name}, use {use + 1}" if use else site.name
+        name = self._uses.next(site.name)
         if self._stream is None:
             # Copies: a layer that runs may overwrite what it reads, and one that does not will not.
             self._stream = [tensor.clone() for tensor in tensors_of((args, kwargs))]
         assert self._step is not None, "a layer of a chain ran outside a denoiser call"
         if self._whole is not None:
-            return self._look_on(self._whole, site, partial(self._whole.observer.run, name, forward, args, kwargs))
+            return self._look_on(self._whole, site, partial(self._whole.observer.run, site.name, forward, args, kwargs))
         cut, index = self._cuts.get(self._step.kind), self._step.index
         assert cut is not None
         if name not in cut.places:
@@ -182,7 +217,6 @@ class ComponentStrategy:
         assert self._step is not None
         with self._aside.lent(site.module):
             output = run()
-        whole.sites.append(site.name)
         if self._step.keeps:
             whole.outputs.append(map_tensors(output, torch.clone))
         return output

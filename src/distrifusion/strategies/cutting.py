@@ -1,7 +1,7 @@
-"""Where the chain of layers of a kind of call is cut: seen in one call of the whole, maybe timed in some more.
+"""Where the chain of layers of a kind of call is cut: seen in a call of the whole, without values or with, maybe timed.
 
-The first call is not timed: weights are read for the first time in it, and memory is taken. All ranks know of the same
-calls, and take the times of the first rank, so all of them cut alike.
+Of calls that are timed the first is not: weights are read for the first time in it, and memory is taken. All ranks know
+of the same calls, and take the times of the first rank, so all of them cut alike.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Cuts:
         return None if known is None else len(known.seen)
 
     def note(self, kind: Hashable, observer: Watch | Stopwatch, result: Any) -> None:
-        """Keep what was seen in a call of the whole."""
+        """Keep what was seen in a call of the whole, made or foreseen."""
         if isinstance(observer, Watch):
             self._known[kind] = Known(observer.seen, map_tensors(result, _without_values))
         else:

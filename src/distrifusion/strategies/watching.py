@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -17,17 +18,28 @@ from distrifusion.layout.depth import Layer
 from distrifusion.nested import map_tensors, tensors_of
 
 
+class Uses(Counter[str]):
+    """How often each layer has run in a call."""
+
+    def next(self, site: str) -> str:
+        """The name of a layer's use that begins: the layer's, and the number of the use from the second on."""
+        self[site] += 1
+        return f"{site}, use {self[site]}" if self[site] > 1 else site
+
+
 @dataclass(frozen=True)
 class Seen:
     """One use of a layer.
 
     Attributes:
-        name: of the layer, and the number of the use from the second on; None of two uses in a call has the same.
+        name: of the use; no two in a call have the same.
+        site: the name of the layer.
         layer: what it costs and reads.
         output: what it gave, with tensors that have no values.
     """
 
     name: str
+    site: str
     layer: Layer
     output: Any
 
@@ -47,8 +59,9 @@ class Watch(TorchFunctionMode):
         # By tensor: the places of the layers whose outputs it was made of.
         self._made_of: Any = WeakTensorKeyDictionary()
         self._cost: int | None = None
+        self._uses = Uses()
 
-    def run(self, name: str, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    def run(self, site: str, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """A layer's output."""
         reads = self._sources((args, kwargs))
         self._cost = 0
@@ -56,7 +69,7 @@ class Watch(TorchFunctionMode):
         layer, self._cost = Layer(self._cost, reads), None
         for tensor in tensors_of(output):
             self._made_of[tensor] = frozenset((len(self.seen),))
-        self.seen.append(Seen(name, layer, map_tensors(output, _without_values)))
+        self.seen.append(Seen(self._uses.next(site), site, layer, map_tensors(output, _without_values)))
         return output
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -88,7 +101,7 @@ class Stopwatch(AbstractContextManager["Stopwatch"]):
     def __exit__(self, *_: object) -> None:
         pass
 
-    def run(self, name: str, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    def run(self, site: str, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """A layer's output."""
         device = next(tensors_of((args, kwargs))).device
         start = _now(device)

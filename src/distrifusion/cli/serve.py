@@ -7,7 +7,9 @@ import os
 import re
 import signal
 import socket
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -172,9 +174,7 @@ def _serve(wish: Wish, server: Server, cuda_graphs: bool) -> None:
     wish.scheduler_class()
     keywords = dtype_keyword(wish.dtype)
     plan, spec = wish.plan, wish.device_spec()
-    # SIGTERM while weights are being read ends this process as Ctrl-C does, through the ends of all blocks.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with bind(server.host, server.port) as bound:
+    with _sigterm_as_ctrl_c(), bind(server.host, server.port) as bound:
         if wish.automatic:
             plan, spec = wish.choose(arguments)
         with load(wish.model, spec, plan, cuda_graphs=cuda_graphs, **keywords) as pipe:
@@ -188,6 +188,20 @@ def _serve(wish: Wish, server: Server, cuda_graphs: bool) -> None:
                 typer.echo("distrifusion: the running request does not end; its ranks are ended with this", err=True)
                 # Closing the pipeline would wait for it. Ranks end when the process that started them is gone.
                 os._exit(FAILED)
+
+
+@contextmanager
+def _sigterm_as_ctrl_c() -> Iterator[None]:
+    """While weights are being read, SIGTERM too ends this process through the ends of all blocks."""
+    # Python hands signals to the main thread only, and lets nobody else ask for them.
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _check_place(wish: Wish) -> None:

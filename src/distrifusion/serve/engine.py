@@ -11,13 +11,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from distrifusion.errors import Cancelled, ConfigError
-from distrifusion.runtime.pipeline import LoadedPipeline
-from distrifusion.runtime.timing import RunTimes
 from distrifusion.serve.request import Order
 from distrifusion.serve.scheduler import Scheduler
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+    from distrifusion.runtime.pipeline import LoadedPipeline
+    from distrifusion.runtime.timing import RunTimes
 
 _LOGGER = logging.getLogger(__name__)
 # A call that is about to begin does not hear `cancel()`, so it is said again after so many seconds.

@@ -16,7 +16,7 @@ class QueueFull(Exception):
     """
 
     def __init__(self, max_waiting: int, free_in: int | None) -> None:
-        super().__init__(f"{max_waiting} requests are waiting, and no more may")
+        super().__init__(f"the queue is full: {max_waiting} waiting")
         self.free_in = free_in
 
 

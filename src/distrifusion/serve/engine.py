@@ -10,7 +10,7 @@ from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from distrifusion.errors import Cancelled, ConfigError
+from distrifusion.errors import Cancelled, ConfigError, DistrifusionError
 from distrifusion.serve.request import Order
 from distrifusion.serve.scheduler import Scheduler
 
@@ -240,5 +240,7 @@ class Engine:
             return
         if not isinstance(outcome, Cancelled | Closing | ValueError):
             self.last_failure = Failure(round(time.time()), f"{type(outcome).__name__}: {outcome}")
-            _LOGGER.error("request %s failed", job.id, exc_info=outcome)
+            # Errors of this library say all in one line; of others the way to them is wanted.
+            known = isinstance(outcome, DistrifusionError)
+            _LOGGER.error("request %s failed: %s", job.id, outcome, exc_info=None if known else outcome)
         job.outcome.set_exception(outcome)

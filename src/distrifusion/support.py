@@ -12,6 +12,7 @@ AREAS = {
     "transformer": "Diffusion transformers",
     "adapter": "Adapters",
     "feature": "Features of diffusers",
+    "server": "The server",
     "sampler": "Pipelines that solve many steps together",
     "scheduler": "Schedulers",
     "plan": "Plans",

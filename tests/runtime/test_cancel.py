@@ -14,7 +14,7 @@ import diffusers
 import pytest
 import torch
 
-from distrifusion import Cancelled, load
+from distrifusion import Cancelled, ConfigError, load
 from distrifusion.runtime.pipeline import LoadedPipeline
 from distrifusion.runtime.spawned import SpawnedPipeline
 
@@ -61,6 +61,26 @@ def cancelled(pipe: LoadedPipeline, **arguments: Any) -> Cancelled:
 @pytest.mark.parametrize("step", [0, 3])
 def test_a_callback_ends_the_call_at_its_own_step(pipe: LoadedPipeline, step: int) -> None:
     assert cancelled(pipe, **at_step(step, pipe.cancel)).step == step
+
+
+def test_anybody_may_look_at_the_step(pipe: LoadedPipeline) -> None:
+    seen = []
+
+    def look(_: Any, step: int, __: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        seen.append((step, pipe.current_step))
+        return tensors
+
+    assert pipe.current_step is None
+    draw(pipe, callback_on_step_end=look)
+    assert seen == [(step, step) for step in range(4)] and pipe.current_step is None
+
+
+def test_arguments_are_checked_without_a_call(pipe: LoadedPipeline) -> None:
+    pipe.check(prompt="a lake", width=64, height=72, num_inference_steps=3)
+    with pytest.raises(ConfigError, match="width=70 must be a multiple of 8"):
+        pipe.check(prompt="a lake", width=70)
+    with pytest.raises(ConfigError, match="did you mean prompt="):
+        pipe.check(promt="a lake")
 
 
 def test_another_thread_ends_the_call(pipe: LoadedPipeline) -> None:

@@ -11,6 +11,7 @@ from distrifusion.cli.doctor import doctor
 from distrifusion.cli.models import models
 from distrifusion.cli.plan import plan
 from distrifusion.cli.run import run
+from distrifusion.cli.serve import serve
 from distrifusion.cli.verify import verify
 
 app = typer.Typer(
@@ -42,5 +43,5 @@ def main(
     """
 
 
-for command in (run, verify, plan, bench, doctor, models):
+for command in (run, serve, verify, plan, bench, doctor, models):
     app.command()(command)

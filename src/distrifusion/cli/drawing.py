@@ -14,6 +14,7 @@ from distrifusion.errors import ConfigError
 if TYPE_CHECKING:
     from distrifusion.plan import Plan
     from distrifusion.runtime.devices import DeviceSpec
+    from distrifusion.runtime.pipeline import LoadedPipeline
     from distrifusion.runtime.source import PipelineFacts
 
 
@@ -159,6 +160,14 @@ class Wish:
             ConfigError: if the typed name is not known.
         """
         return options.scheduler_class(self.scheduler)
+
+    def put_scheduler(self, pipe: LoadedPipeline) -> None:
+        """Give the pipeline the typed scheduler, with the numbers of its own."""
+        import diffusers
+
+        name = self.scheduler_class()
+        if name is not None:
+            pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config)
 
 
 def dtype_keyword(name: str) -> dict[str, Any]:

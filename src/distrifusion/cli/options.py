@@ -140,6 +140,21 @@ Devices = Annotated[
         rich_help_panel=DIVISION,
     ),
 ]
+WishedPlan = Annotated[
+    str | None,
+    typer.Option(
+        "--plan",
+        metavar="PLAN",
+        help="What to divide: words joined by dots. cfg2: the two branches of guidance; dp2: several pictures; "
+        "patch4: four bands of rows; displaced: old keys and values, not exact; forecast: nearer; delta4: few "
+        "bytes, for slow links; w4: warm-up calls that stay exact; tp2: the weights of every layer; async2: parts "
+        "of the network at once; for transformers also ulysses2, ring2 and pipe2; see docs/methods.md. "
+        "auto: the fastest on this machine that keeps --fidelity. "
+        r"[dim]\[default: the exact plan for the devices][/dim]",
+        show_default=False,
+        rich_help_panel=DIVISION,
+    ),
+]
 WishedFidelity = Annotated[
     str | None,
     typer.Option(
@@ -148,6 +163,14 @@ WishedFidelity = Annotated[
         help="With --plan auto, how near to one device's pictures: exact (to rounding), close (about 45 dB and more on "
         r"the embedded model), any. [dim]\[default: exact][/dim]",
         show_default=False,
+        rich_help_panel=DIVISION,
+    ),
+]
+CudaGraphs = Annotated[
+    bool,
+    typer.Option(
+        "--cuda-graphs",
+        help="Capture denoiser calls that repeat, and replay them; on CUDA devices.",
         rich_help_panel=DIVISION,
     ),
 ]

@@ -105,30 +105,9 @@ def run(
     tolerance: options.Tolerance = None,
     dtype: options.Dtype = "float32",
     devices: options.Devices = None,
-    plan: Annotated[
-        str | None,
-        typer.Option(
-            "--plan",
-            metavar="PLAN",
-            help="What to divide: words joined by dots. cfg2: the two branches of guidance; dp2: several pictures; "
-            "patch4: four bands of rows; displaced: old keys and values, not exact; forecast: nearer; delta4: few "
-            "bytes, for slow links; w4: warm-up calls that stay exact; tp2: the weights of every layer; async2: parts "
-            "of the network at once; for transformers also ulysses2, ring2 and pipe2; see docs/methods.md. "
-            "auto: the fastest on this machine that keeps --fidelity. "
-            r"[dim]\[default: the exact plan for the devices][/dim]",
-            show_default=False,
-            rich_help_panel=options.DIVISION,
-        ),
-    ] = None,
+    plan: options.WishedPlan = None,
     fidelity: options.WishedFidelity = None,
-    cuda_graphs: Annotated[
-        bool,
-        typer.Option(
-            "--cuda-graphs",
-            help="Capture denoiser calls that repeat, and replay them; on CUDA devices.",
-            rich_help_panel=options.DIVISION,
-        ),
-    ] = False,
+    cuda_graphs: options.CudaGraphs = False,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -300,14 +279,11 @@ def _draw(order: Order, out: Path | None, fps: int | None, compare: bool, answer
 
 def _once(pipe: LoadedPipeline, order: Order, arguments: dict[str, Any], label: str, first: bool) -> Drawn:
     """Draw; `first` is what was ordered, with its preview and its trace, and not what it is compared with."""
-    import diffusers
     import torch
 
     from distrifusion.doctor.machine import devices_in_words
 
-    scheduler = order.wish.scheduler_class()
-    if scheduler is not None:
-        pipe.scheduler = getattr(diffusers, scheduler).from_config(pipe.scheduler.config)
+    order.wish.put_scheduler(pipe)
     if order.lora is not None:
         pipe.load_lora_weights(str(order.lora.resolve()))
     pipe.set_progress_bar_config(desc=label, dynamic_ncols=True, **({} if pipe.rank == 0 else {"disable": True}))

@@ -51,6 +51,9 @@ class InProcessPipeline(LoadedPipeline):
     def _facts(self) -> source.PipelineFacts:
         return self._known
 
+    def _step(self) -> int | None:
+        return self._boundaries.step
+
     def _run(self, number: int, arguments: dict[str, Any], traced: bool) -> EndedRun:
         tracer = Tracer(self._pipe) if traced else None
         clock = StepClock(self._pipe.device)

@@ -133,6 +133,23 @@ class LoadedPipeline(ABC):
         if number is not None:
             self._cancel(number)
 
+    @property
+    def current_step(self) -> int | None:
+        """The denoising step (from 0) that the running call is in; None outside of a loop, and where no call runs.
+
+        It costs the ranks nothing, and may be asked from another thread as often as one likes.
+        """
+        return None if self._running is None or self._closed else self._step()
+
+    def check(self, **arguments: Any) -> None:
+        """Check the arguments of a call without making it, also while another thread's call is served.
+
+        Raises:
+            ConfigError, PlanError: as the call itself would, before any rank begins.
+        """
+        facts = self._facts()
+        call_checks.check(facts, call_checks.bind(facts, (), arguments), self.plan)
+
     def close(self) -> None:
         """End what `load` started; a second close does nothing."""
         with self._lock:
@@ -179,6 +196,9 @@ class LoadedPipeline(ABC):
 
     @abstractmethod
     def _facts(self) -> PipelineFacts: ...
+
+    @abstractmethod
+    def _step(self) -> int | None: ...
 
     @abstractmethod
     def _run(self, number: int, arguments: dict[str, Any], traced: bool) -> EndedRun: ...

@@ -87,10 +87,16 @@ class SpawnedPipeline(LoadedPipeline):
             return answer.value
 
     def _facts(self) -> PipelineFacts:
-        self.start()
+        if self._workers.facts is None:
+            self.start()
         return self._workers.facts
 
+    def _step(self) -> int | None:
+        return self._workers.board.step_of(0)
+
     def _run(self, number: int, arguments: dict[str, Any], traced: bool) -> EndedRun:
+        self.start()
+        self._workers.board.write(0, None)  # where a call before this one was left
         callback = arguments.get("callback_on_step_end")
         names = None if callback is None else tensor_inputs(arguments)
         sent = {name: value for name, value in arguments.items() if not name.startswith("callback_on_step_end")}

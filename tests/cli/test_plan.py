@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,21 @@ def test_the_answer_as_json_says_that_it_is_predicted(folder: Path) -> None:
     assert answer["links"]["name"] == "nvlink-a100" and answer["speed"]["name"] == "a100"
     # So small a picture is all kernel starts.
     assert answer["chosen"] in {row["plan"] for row in answer["plans"]}
+
+
+def test_what_is_not_counted_is_said_with_the_reason(folder: Path, tmp_path: Path) -> None:
+    assert plan(folder)["left_out"] == []
+    other = shutil.copytree(folder, tmp_path / "other")
+    index = json.loads((other / "model_index.json").read_text())
+    index["text_encoder"], index["text_encoder_2"] = ["kolors", "ChatGLMModel"], ["transformers", "CLIPModel"]
+    (other / "model_index.json").write_text(json.dumps(index))
+    reasons = {left["part"]: left["reason"] for left in plan(other)["left_out"]}
+    assert "ChatGLMModel of kolors" in reasons["text_encoder"]
+    assert "CLIPModel, called with word numbers alone: AttributeError" in reasons["text_encoder_2"]
+    words = ("plan", other, "--size", "64x64", "--on", "pcie4")
+    explained, brief = run(*words, "--explain").stdout, run(*words).stdout
+    assert all(f"not counted, {part}: {reason}" in explained for part, reason in reasons.items())
+    assert "not counted" not in brief
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,7 @@ def test_a_group_over_its_limit_has_nothing_free(groups: Path) -> None:
 
 def test_what_lies_idle_is_given_back_only_where_it_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
     trims: list[int] = []
-    monkeypatch.setattr(free, "_trim", lambda: trims.append(1))
+    monkeypatch.setattr(free, "trim", lambda: trims.append(1))
     monkeypatch.setattr(free, "node_memory", lambda: free.NodeMemory(100, 50))
     cpu = torch.device("cpu")
     assert (free.free_bytes(cpu, 50), trims) == (50, [])
@@ -72,7 +72,7 @@ def test_trimming_leaves_tensors_alone() -> None:
     kept = torch.arange(1000)
     del_me = [torch.ones(5000) for _ in range(100)]
     del del_me
-    free._trim()
+    free.trim()
     assert kept.sum().item() == 499500
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from blueprints import FAST, SLOW, SPEED
 from diffusers import AutoencoderTiny
+from transformers import T5Config, T5Model
 
 from distrifusion.autoencoder import Calls, ParallelCoder
 from distrifusion.exchange.virtual import VirtualTransport, VirtualWorld
@@ -63,6 +65,25 @@ def test_a_picture_takes_its_prompt_and_its_decoding_too(folder: Path) -> None:
     assert text < divided.outside < alone.outside
     assert alone.per_picture == pytest.approx(4 * alone.per_step + alone.outside)
     assert predict(costs, Plan.parse("patch2"), SPEED, SLOW, 4).outside > divided.outside
+
+
+def test_what_cannot_be_rehearsed_is_left_out_and_said(folder: Path) -> None:
+    known = open_blueprint(str(folder), torch.float32)
+    costs = Costs.of_size(known, 64, 64)
+    assert costs.left_out() == ()
+    with torch.device("meta"):
+        translator = T5Model(T5Config(vocab_size=8, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2))
+        tiny = AutoencoderTiny()
+    odd = replace(known, encoders={**known.encoders, "text_encoder_3": translator}, unknown={"text_encoder_4": "why"})
+    asked = Costs.of_size(odd, 64, 64)
+    reasons = {left.part: left.reason for left in asked.left_out()}
+    assert reasons.keys() == {"text_encoder_3", "text_encoder_4"} and reasons["text_encoder_4"] == "why"
+    assert "T5Model" in reasons["text_encoder_3"] and "ValueError" in reasons["text_encoder_3"]
+    assert [work.total for work in asked.encoding()] == [work.total for work in costs.encoding()]
+    other = {left.part: left.reason for left in Costs.of_size(replace(known, vae=tiny), 64, 64).left_out()}
+    assert "AutoencoderTiny" in other["vae"]
+    nothing = Costs(known, known.arguments(64, 64)).left_out()
+    assert [left.part for left in nothing] == ["text_encoder", "text_encoder_2", "vae"]
 
 
 def test_memory_counts_the_decoding(folder: Path) -> None:

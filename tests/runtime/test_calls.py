@@ -224,3 +224,17 @@ def test_times_of_the_last_run(two: SpawnedPipeline) -> None:
     times = two.last_run
     assert times is not None and len(times.steps) == 3
     assert sorted(times.steps) == list(times.steps) and times.steps[-1] <= times.total
+
+
+def test_a_call_that_is_weighed_tells_what_every_rank_took(two: SpawnedPipeline) -> None:
+    with two.weigh() as found:
+        assert found == []
+        two("a lake", num_inference_steps=1, output_type="latent")
+        with pytest.raises(ConfigError, match="weighed already"), two.weigh():
+            pass
+    assert len(found) == 2
+    for use in found:
+        assert use.missing or 0 < use.grown < use.peak
+    before = list(found)
+    two("a lake", num_inference_steps=1, output_type="latent")  # after the block nothing is weighed
+    assert found == before

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from distrifusion.errors import ConfigError
+from distrifusion.memory.use import MemoryUse
 from distrifusion.plan import Plan
 
 PLAIN = "diffusers"
@@ -64,7 +65,8 @@ class Row:
     Attributes:
         runs: all of them, failures too.
         psnr, ssim: of the first picture to that of the plain pipeline; None where there is none.
-        counted: bytes a step, kept and all of a rank, and predicted seconds, where the model can be rehearsed.
+        memory: what every rank took in the run that warms up; empty where that failed.
+        counted: bytes a step, kept, grown and all of a rank, and predicted seconds, where the model can be rehearsed.
         trace: file with the timeline.
     """
 
@@ -72,6 +74,7 @@ class Row:
     runs: list[Run] = field(default_factory=list)
     psnr: float | None = None
     ssim: float | None = None
+    memory: list[MemoryUse] = field(default_factory=list)
     counted: dict[str, Any] = field(default_factory=dict)
     trace: str = ""
 

@@ -57,7 +57,8 @@ class Expectations:
             found = predict(self._of(case.size), plan, self._machine.speed, self._machine.links, self._steps)
         except DistrifusionError:
             return {}
-        counted: dict[str, Any] = {"kept": found.memory.kept, "memory": found.memory.total}
+        memory = found.memory
+        counted: dict[str, Any] = {"kept": memory.kept, "grown": memory.grown, "memory": memory.total}
         if case.label != PLAIN:
             counted["sent_per_step"] = found.sent
         return {**counted, "per_step": found.per_step, "per_picture": found.per_picture}

@@ -13,8 +13,8 @@ import psutil
 import torch
 
 from distrifusion.bench.cases import PLAIN, Case, Row, Run
-from distrifusion.errors import DistrifusionError
 from distrifusion.loading import load
+from distrifusion.memory.use import MemoryUse, weighing
 from distrifusion.plan import Plan
 from distrifusion.quality.metrics import psnr, ssim
 from distrifusion.runtime.pipeline import LoadedPipeline
@@ -35,7 +35,7 @@ class Order:
         keywords: of `from_pretrained`.
         where: the devices, as many as the largest case takes.
         threads: of every rank on CPU, and of the plain pipeline.
-        repeat: runs of every case after one that warms up.
+        repeat: runs of every case after one that warms up and is weighed.
         traces: folder for timelines; None draws none.
     """
 
@@ -58,7 +58,8 @@ def measure(order: Order, cases: list[Case], say: Say) -> list[Row]:
             for row in rows:
                 if row.runs and row.runs[-1].error:
                     continue
-                run, picture = _one(order, row.case, pipelines)
+                weighed: list[MemoryUse] | None = None if turn else row.memory
+                run, picture = _one(order, row.case, pipelines, weighed)
                 say(f"{'warm-up' if not turn else f'run {turn}'}: {row.case}: {run.error or f'{run.seconds:.3g} s'}")
                 if turn == 0 and picture is not None:
                     _compare(row, picture, pictures)
@@ -66,7 +67,10 @@ def measure(order: Order, cases: list[Case], say: Say) -> list[Row]:
                     row.runs.append(run)
         for row in rows if order.traces else ():
             if not row.runs[-1].error and row.case.plan is not None and row.case.plan.num_ranks > 1:
-                _trace(order, row, pipelines)
+                try:
+                    _trace(order, row, pipelines)
+                except Exception as error:  # what was measured is not lost with it
+                    say(f"no timeline of {row.case}: {_in_words(error)}")
     return rows
 
 
@@ -112,15 +116,39 @@ class _Pipelines:
             self.drop(plan)
 
 
-def _one(order: Order, case: Case, pipelines: _Pipelines) -> tuple[Run, Any]:
-    """One call, and its first picture; an error that a person can put right, or a lack of memory, is the run's."""
+def _one(order: Order, case: Case, pipelines: _Pipelines, memory: list[MemoryUse] | None) -> tuple[Run, Any]:
+    """One call, and its first picture; whatever ends it is the run's error, so that other rows are not lost.
+
+    Args:
+        memory: takes what every rank held; None: the call is not weighed.
+    """
     try:
-        with _foreign() as foreign:
-            seconds, per_step, picture = _draw(order, case, pipelines.get(case.plan))
+        pipe = pipelines.get(case.plan)
+        with _weighed(order, pipe, memory), _foreign() as foreign:
+            seconds, per_step, picture = _draw(order, case, pipe)
         return Run(seconds, per_step, foreign()), picture
-    except (DistrifusionError, MemoryError, RuntimeError, ValueError) as error:
+    except Exception as error:
         pipelines.drop(case.plan)
-        return Run(error=f"{type(error).__name__}: {str(error).splitlines()[0]}"), None
+        return Run(error=_in_words(error)), None
+
+
+def _in_words(error: Exception) -> str:
+    return ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
+
+
+@contextmanager
+def _weighed(order: Order, pipe: Any, memory: list[MemoryUse] | None) -> Iterator[None]:
+    """What the pipeline takes within the block; a plain one is in this process."""
+    if memory is None:
+        yield
+    elif isinstance(pipe, LoadedPipeline):
+        with pipe.weigh() as found:
+            yield
+        memory[:] = found
+    else:
+        use = weighing(order.where[0])
+        yield
+        memory[:] = [use()]
 
 
 def _draw(order: Order, case: Case, pipe: Any) -> tuple[float, float, Any]:

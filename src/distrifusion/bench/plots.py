@@ -19,16 +19,18 @@ def draw(lines: Sequence[dict[str, Any]], out: Path) -> list[Path]:
         return []
     matplotlib.use("Agg")
     good = [line for line in lines if line["status"] == "ok"]
+    cases = [case for case in dict.fromkeys(line["case"] for line in good) if case != CEILING]
+    colors = {case: f"C{number}" for number, case in enumerate(cases)}  # in all plots
     drawn = (
-        _speedup(good, out / "speedup.webp"),
-        _quality(good, out / "quality.webp"),
-        _predicted(good, out / "predicted.webp"),
+        _speedup(good, colors, out / "speedup.webp"),
+        _quality(good, colors, out / "quality.webp"),
+        _predicted(good, colors, out / "predicted.webp"),
     )
     return [path for path in drawn if path is not None]
 
 
-def _speedup(lines: Sequence[dict[str, Any]], path: Path) -> Path | None:
-    def draw_size(axes: Any, own: list[dict[str, Any]], colors: dict[str, str]) -> None:
+def _speedup(lines: Sequence[dict[str, Any]], colors: dict[str, str], path: Path) -> Path | None:
+    def draw_size(axes: Any, own: list[dict[str, Any]]) -> None:
         ceiling = sorted((line["devices"], line["speedup_per_step"]) for line in own if line["case"] == CEILING)
         if ceiling:
             axes.plot(*zip((1, 1.0), *ceiling, strict=True), color="black", linewidth=0.8, linestyle=":", label=CEILING)
@@ -44,30 +46,38 @@ def _speedup(lines: Sequence[dict[str, Any]], path: Path) -> Path | None:
     return _by_size(lines, draw_size, path)
 
 
-def _quality(lines: Sequence[dict[str, Any]], path: Path) -> Path | None:
-    def draw_size(axes: Any, own: list[dict[str, Any]], colors: dict[str, str]) -> None:
+def _quality(lines: Sequence[dict[str, Any]], colors: dict[str, str], path: Path) -> Path | None:
+    def draw_size(axes: Any, own: list[dict[str, Any]]) -> None:
         for line in own:
+            if line["case"] == PLAIN:
+                axes.axvline(line["per_picture"], color=colors[PLAIN], linewidth=0.8, label=PLAIN)
+                continue
             height = min(line["psnr_db"], _MOST_DB)
             axes.plot(line["per_picture"], height, "o", color=colors[line["case"]], label=line["case"])
-        axes.set(xlabel="seconds of a picture", ylabel="PSNR to plain diffusers, dB", ylim=(0, _MOST_DB + 5))
+        axes.set(
+            xlabel="seconds of a picture",
+            ylabel=f"PSNR to plain diffusers, dB ({_MOST_DB:.0f}: equal)",
+            ylim=(0, _MOST_DB + 5),
+        )
         axes.set_xlim(0, None)
 
-    kept = [line for line in lines if line["psnr_db"] is not None and line["case"] not in (PLAIN, CEILING)]
-    return _by_size(kept, draw_size, path)
+    compared = [line for line in lines if line["psnr_db"] is not None and line["case"] != CEILING]
+    sizes = {line["size"] for line in compared}
+    plain = [line for line in lines if line["case"] == PLAIN and line["size"] in sizes]
+    return _by_size(plain + compared, draw_size, path)
 
 
 def _by_size(lines: Sequence[dict[str, Any]], draw_size: Callable[..., None], path: Path) -> Path | None:
-    """One panel for each size; a case has one colour in all of them, and one line in the legend."""
+    """One panel for each size; a case has one line in the legend."""
     import matplotlib.pyplot as plt
 
     sizes = list(dict.fromkeys(line["size"] for line in lines))
     if not sizes:
         return None
-    colors = {case: f"C{i}" for i, case in enumerate(dict.fromkeys(line["case"] for line in lines))}
     figure, grid = plt.subplots(1, len(sizes), figsize=(3.6 * len(sizes) + 2, 4), layout="constrained", squeeze=False)
     found: dict[str, Any] = {}
     for axes, size in zip(grid[0], sizes, strict=True):
-        draw_size(axes, [line for line in lines if line["size"] == size], colors)
+        draw_size(axes, [line for line in lines if line["size"] == size])
         axes.set_title(size)
         handles, labels = axes.get_legend_handles_labels()
         found |= dict(zip(labels, handles, strict=True))
@@ -77,16 +87,16 @@ def _by_size(lines: Sequence[dict[str, Any]], draw_size: Callable[..., None], pa
     return path
 
 
-def _predicted(lines: Sequence[dict[str, Any]], path: Path) -> Path | None:
+def _predicted(lines: Sequence[dict[str, Any]], colors: dict[str, str], path: Path) -> Path | None:
     import matplotlib.pyplot as plt
 
     own = [line for line in lines if line["predicted_per_step"] and line["case"] != CEILING]
     if not own:
         return None
     figure, axes = plt.subplots(figsize=(6, 5.4), layout="constrained")
-    for number, case in enumerate(dict.fromkeys(line["case"] for line in own)):
+    for case in dict.fromkeys(line["case"] for line in own):
         points = [(line["per_step"], line["predicted_per_step"]) for line in own if line["case"] == case]
-        axes.plot(*zip(*points, strict=True), "o", color=f"C{number}", label=case)
+        axes.plot(*zip(*points, strict=True), "o", color=colors[case], label=case)
     values = [line[name] for line in own for name in ("per_step", "predicted_per_step")]
     ends = (0.8 * min(values), 1.25 * max(values))
     axes.plot(ends, ends, color="black", linewidth=0.8)

@@ -1,4 +1,4 @@
-"""The rows of a benchmark as JSON, CSV and Markdown."""
+"""The rows of a benchmark: summed up, and written as JSON, CSV and Markdown."""
 
 from __future__ import annotations
 
@@ -15,11 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from distrifusion.bench.cases import CEILING, PLAIN, Row
+from distrifusion.bench.markdown import tables
+from distrifusion.quality.summary import finite
 
 COLUMNS = (
     "size", "devices", "case", "plan", "status", "per_step", "per_step_range", "per_picture", "per_picture_range",
-    "speedup_per_step", "speedup", "of_ceiling", "psnr_db", "ssim", "sent_per_step", "kept", "memory_predicted",
-    "predicted_per_step", "predicted_per_picture", "foreign_cores",
+    "speedup_per_step", "speedup", "of_ceiling", "psnr_db", "ssim", "sent_per_step", "kept", "memory_grown",
+    "memory_grown_by_rank", "memory_grown_predicted", "memory_peak", "memory_predicted", "memory_missing",
+    "predicted_per_step", "predicted_per_picture", "foreign_cores", "trace",
 )  # fmt: skip
 
 
@@ -41,6 +44,13 @@ class Circumstances:
         versions = {name: version(name) for name in ("torch", "diffusers", "transformers", "distrifusion")}
         system = f"{platform.system()} {platform.machine()}, Python {platform.python_version()}"
         return cls(command, _commit(), device, os.cpu_count() or 1, threads, system, versions)
+
+    def __str__(self) -> str:
+        versions = ", ".join(f"{name} {number}" for name, number in self.versions.items())
+        return (
+            f"`{self.command}`\n\n{self.device}, {self.cores} cores, {self.threads} threads a rank; {self.system}; "
+            f"{versions}; commit {self.commit}. Medians and ranges."
+        )
 
 
 def summary(rows: Sequence[Row]) -> list[dict[str, Any]]:
@@ -76,10 +86,24 @@ def _line(row: Row, plain: Any, steps: Any, ceilings: Any) -> dict[str, Any]:
         "ssim": row.ssim,
         "sent_per_step": row.counted.get("sent_per_step"),
         "kept": row.counted.get("kept"),
+        **_memory(row),
+        "memory_grown_predicted": row.counted.get("grown"),
         "memory_predicted": row.counted.get("memory"),
         "predicted_per_step": row.counted.get("per_step"),
         "predicted_per_picture": row.counted.get("per_picture"),
         "foreign_cores": max((run.foreign for run in row.runs), default=0.0),
+        "trace": row.trace,
+    }
+
+
+def _memory(row: Row) -> dict[str, Any]:
+    """Bytes of the rank that takes most; of all of them, what they grew by in rank order."""
+    grown = [use.grown for use in row.memory if use.grown is not None]
+    return {
+        "memory_grown": max(grown, default=None),
+        "memory_grown_by_rank": " ".join(map(str, grown)),
+        "memory_peak": max((use.peak for use in row.memory if use.peak is not None), default=None),
+        "memory_missing": next((use.missing for use in row.memory if use.missing), ""),
     }
 
 
@@ -93,49 +117,19 @@ def write(out: Path, rows: Sequence[Row], circumstances: Circumstances) -> list[
             "devices": row.case.devices,
             "size": row.case.size,
             "runs": [asdict(r) for r in row.runs],
+            "memory": [asdict(use) for use in row.memory],
         }
         for row in rows
     ]
     document = {"circumstances": asdict(circumstances), "rows": lines, "runs": runs}
-    (out / "bench.json").write_text(json.dumps(document, indent=1), encoding="utf-8")
+    (out / "bench.json").write_text(json.dumps(finite(document), indent=1, allow_nan=False), encoding="utf-8")
     with (out / "bench.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         writer.writerows(lines)
-    (out / "bench.md").write_text(markdown(lines, circumstances), encoding="utf-8")
+    text = f"{circumstances}\n\n{tables(lines)}"
+    (out / "bench.md").write_text(text, encoding="utf-8")
     return lines
-
-
-def markdown(lines: Sequence[dict[str, Any]], circumstances: Circumstances) -> str:
-    """The table for a reader."""
-    text = [
-        f"`{circumstances.command}`",
-        "",
-        f"{circumstances.device}, {circumstances.cores} cores, {circumstances.threads} threads a rank; "
-        f"{circumstances.system}; {', '.join(f'{k} {v}' for k, v in circumstances.versions.items())}; "
-        f"commit {circumstances.commit}. Medians and ranges.",
-        "",
-        "| size | devices | plan | s per step | s per picture | speed-up | of the ceiling | PSNR, dB "
-        "| sent a step, MB | foreign cores |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for line in lines:
-        name = f"`{line['case']}`" + (f" = `{line['plan']}`" if line["case"] == "auto" and line["plan"] else "")
-        if line["status"] != "ok":
-            text.append(f"| {line['size']} | {line['devices']} | {name} | {line['status']} | | | | | | |")
-            continue
-        sent = line["sent_per_step"]
-        cells = [
-            f"{line['per_step']:.3g} ({line['per_step_range']})",
-            f"{line['per_picture']:.3g} ({line['per_picture_range']})",
-            f"{line['speedup']:.2f}x",
-            "" if line["of_ceiling"] is None else f"{line['of_ceiling']:.2f}",
-            "" if line["psnr_db"] is None else f"{line['psnr_db']:.1f}",
-            "" if sent is None else f"{sent / 1e6:.2f}",
-            f"{line['foreign_cores']:.2f}",
-        ]
-        text.append(f"| {line['size']} | {line['devices']} | {name} | {' | '.join(cells)} |")
-    return "\n".join(text) + "\n"
 
 
 def _values(row: Row, name: str) -> list[float]:

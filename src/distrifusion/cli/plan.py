@@ -58,7 +58,11 @@ def plan(
     guidance: options.Guidance = None,
     dtype: options.Dtype = "float32",
     explain: Annotated[
-        bool, typer.Option("--explain", help="Also say what every plan's seconds are spent on, and what was refused.")
+        bool,
+        typer.Option(
+            "--explain",
+            help="Also say what every plan's seconds are spent on, what was refused, and what is not counted.",
+        ),
     ] = False,
     answer: options.AnswerFormat = options.Format.TEXT,
 ) -> None:
@@ -144,4 +148,6 @@ def _text(ranking: Ranking, speed: Speed, links: Links, explain: bool) -> str:
             lines.append(f"      {parts}; sends {p.sent / 1e6:.4g} MB a step; keeps {size_in_words(p.memory.kept)}")
     if explain and ranking.refused:
         lines += ["", *(f"not {refused.plan}: {refused.reason}" for refused in ranking.refused)]
+    if explain and ranking.left_out:
+        lines += ["", *(f"not counted, {left.part}: {left.reason}" for left in ranking.left_out)]
     return "\n".join([*lines, "", ranking.reason])

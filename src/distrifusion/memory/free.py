@@ -44,7 +44,7 @@ def free_bytes(device: torch.device, wanted: int) -> int:
     free = node_memory().free
     if free >= wanted:
         return free
-    _trim()
+    trim()
     return node_memory().free
 
 
@@ -53,7 +53,7 @@ def size_in_words(num_bytes: float) -> str:
     return f"{num_bytes / _GIB:.1f} GiB" if num_bytes >= _GIB else f"{num_bytes / 2**20:.0f} MiB"
 
 
-def _trim() -> None:
+def trim() -> None:
     """Give what the C library keeps of freed memory back to the system, where it can (glibc)."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,8 @@ class Blueprint:
         others: bytes of the weights of all other components.
         guided: whether a picture takes two rows of the batch.
         vae: the autoencoder on the meta device; None if it is not known.
-        encoders: of the prompt, on the meta device, as far as they are known.
+        encoders: of the prompt, on the meta device, by name, as far as they are known.
+        unknown: encoders that are not, and why.
     """
 
     name: str
@@ -44,7 +45,8 @@ class Blueprint:
     others: int
     guided: bool
     vae: nn.Module | None = None
-    encoders: tuple[nn.Module, ...] = ()
+    encoders: Mapping[str, nn.Module] = field(default_factory=dict)
+    unknown: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def weights(self) -> int:
@@ -103,10 +105,11 @@ def open_blueprint(model: str, dtype: torch.dtype, guided: bool = True) -> Bluep
     others = sum(_weight(folder, part, dtype) for part in index if part != name) if folder.is_dir() else 0
     factor = (found.facts.vae_factor if found.facts else None) or 8
     vae = _on_meta(found.origin, "vae", index["vae"][1], dtype) if index.get("vae", _NOTHING)[1] else None
-    encoders = tuple(
-        e for part in index if part.startswith("text_encoder") and (e := _encoder(found.origin, part, index))
-    )
-    return Blueprint(model, denoiser, dtype, factor, others, guided, vae, encoders)
+    parts = [part for part in index if part.startswith("text_encoder") and index[part][1] is not None]
+    made = {part: _encoder(found.origin, part, *index[part]) for part in parts}
+    encoders = {part: encoder for part, encoder in made.items() if not isinstance(encoder, str)}
+    unknown = {part: reason for part, reason in made.items() if isinstance(reason, str)}
+    return Blueprint(model, denoiser, dtype, factor, others, guided, vae, encoders, unknown)
 
 
 def of_config(name: str, cls: type, config: Mapping[str, Any], dtype: torch.dtype, others: int = 0) -> Blueprint:
@@ -121,18 +124,17 @@ def _on_meta(origin: str, part: str, class_name: str, dtype: torch.dtype) -> nn.
     return _empty(cls, cls.load_config(origin, subfolder=part), dtype)  # type: ignore[attr-defined]
 
 
-def _encoder(origin: str, part: str, index: Mapping[str, Any]) -> nn.Module | None:
-    """A text encoder of the transformers library on the meta device; None where there is none or it cannot be made."""
-    library, name = index.get(part, _NOTHING)
+def _encoder(origin: str, part: str, library: str, name: str) -> nn.Module | str:
+    """A text encoder of the transformers library on the meta device, or why it cannot be made."""
     cls = getattr(transformers, name, None) if library == "transformers" else None
     if cls is None:
-        return None
+        return f"a {name} of {library}, which transformers does not have"
     try:
         config = cls.config_class.from_pretrained(origin, subfolder=part)
         with torch.device("meta"):
             return cls(config).eval()
-    except (OSError, RuntimeError, TypeError, ValueError, AttributeError):
-        return None
+    except (OSError, RuntimeError, TypeError, ValueError, AttributeError) as error:
+        return f"a {name} that cannot be made: {type(error).__name__}: {error}".splitlines()[0]
 
 
 def _empty(cls: type, config: Mapping[str, Any], dtype: torch.dtype) -> nn.Module:

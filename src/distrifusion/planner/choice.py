@@ -12,6 +12,7 @@ from distrifusion.plan import Plan
 from distrifusion.planner.candidates import Fidelity, fidelity_of, plans
 from distrifusion.planner.costs import Costs
 from distrifusion.planner.links import Links
+from distrifusion.planner.outside import LeftOut
 from distrifusion.planner.prediction import Prediction, predict
 from distrifusion.planner.speeds import Speed
 
@@ -36,12 +37,14 @@ class Ranking:
         refused: plans that cannot be taken.
         alone: one device.
         chosen: what is taken.
+        left_out: parts of the pipeline whose seconds are in no prediction.
     """
 
     predictions: tuple[Prediction, ...]
     refused: tuple[Refused, ...]
     alone: Prediction
     chosen: Prediction
+    left_out: tuple[LeftOut, ...] = ()
 
     def speedup(self, prediction: Prediction) -> float:
         """Over one device, whole pictures."""
@@ -76,6 +79,7 @@ class Ranking:
             "predicted": True,
             "plans": rows,
             "refused": [{"plan": r.plan, "reason": r.reason} for r in self.refused],
+            "left_out": [{"part": left.part, "reason": left.reason} for left in self.left_out],
         }
 
 
@@ -122,7 +126,8 @@ def rank(
     if not predictions:
         raise ConfigError(f"no plan fits: {refused[0].reason}; draw a smaller picture, or in half precision")
     predictions.sort(key=lambda p: p.per_picture)
-    return Ranking(tuple(predictions), tuple(refused), alone, _choose(predictions))
+    left_out = costs.left_out() if outside is None else ()
+    return Ranking(tuple(predictions), tuple(refused), alone, _choose(predictions), left_out)
 
 
 def _all_plans(costs: Costs, counts: set[int], wish: Fidelity, pictures: int) -> list[Plan]:

@@ -13,7 +13,7 @@ from distrifusion.plan import Plan, Split
 from distrifusion.planner.blueprint import Blueprint
 from distrifusion.planner.calls import Arguments
 from distrifusion.planner.operations import Operations
-from distrifusion.planner.outside import rehearse_decoding, rehearse_encoding
+from distrifusion.planner.outside import LeftOut, rehearse_decoding, rehearse_encoding
 from distrifusion.planner.rehearsal import CallWork, Heard, Rehearsed, rehearse
 
 
@@ -30,7 +30,7 @@ class Costs:
         self.blueprint = blueprint
         self.arguments = arguments
         self._latents = latents
-        self._encoding: list[Operations] | None = None
+        self._encoding: tuple[list[Operations], tuple[LeftOut, ...]] | None = None
         self._decoding: dict[tuple[int, Split], CallWork | None] = {}
         self._known: dict[Plan, Rehearsed] = {}
         self._heard: Heard = {}
@@ -53,8 +53,23 @@ class Costs:
 
     def encoding(self) -> list[Operations]:
         """The text encoders', for the prompt and, with guidance, the negative one."""
+        return self._encoded()[0]
+
+    def left_out(self) -> tuple[LeftOut, ...]:
+        """Parts of the pipeline outside the denoiser whose seconds are not known, and why."""
+        unknown = tuple(LeftOut(*words) for words in self.blueprint.unknown.items())
+        if self._latents is None:
+            reason = "how many channels the latents have is not known"
+            parts = (*self.blueprint.encoders, *(["vae"] if self.blueprint.vae is not None else []))
+            return (*unknown, *(LeftOut(part, reason) for part in parts))
+        kind = type(self.blueprint.vae).__name__
+        whole = self.decoding(Plan()) is not None
+        decoder = () if whole else (LeftOut("vae", f"a {kind}, and AutoencoderKL's decoding alone can be counted"),)
+        return (*unknown, *self._encoded()[1], *decoder)
+
+    def _encoded(self) -> tuple[list[Operations], tuple[LeftOut, ...]]:
         if self._encoding is None:
-            known = self.blueprint.encoders if self._latents is not None else ()
+            known = self.blueprint.encoders if self._latents is not None else {}
             self._encoding = rehearse_encoding(known, 2 if self.blueprint.guided else 1)
         return self._encoding
 

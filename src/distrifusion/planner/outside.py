@@ -5,7 +5,8 @@ Both are counted on the meta device, as denoiser calls are: the decoder by the c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -57,22 +58,34 @@ def _decode(
     return CallWork(counting.operations, posts=transport.posts)
 
 
-def rehearse_encoding(encoders: Sequence[nn.Module], num_prompts: int) -> list[Operations]:
-    """What every text encoder on the meta device does for some prompts, one after the other as pipelines do.
+@dataclass(frozen=True)
+class LeftOut:
+    """A part of the pipeline whose seconds are in no prediction, and why."""
 
-    One that cannot be called with word numbers alone is left out.
+    part: str
+    reason: str
+
+
+def rehearse_encoding(
+    encoders: Mapping[str, nn.Module], num_prompts: int
+) -> tuple[list[Operations], tuple[LeftOut, ...]]:
+    """What text encoders on the meta device do for some prompts, one after the other as pipelines do.
+
+    One that cannot be called with word numbers alone is left out, and is the second thing that is told.
     """
-    found = []
-    for encoder in encoders:
+    found, left_out = [], []
+    for part, encoder in encoders.items():
         words = torch.zeros(1, _num_words(encoder), dtype=torch.long, device="meta")
         try:
             with torch.no_grad(), Counting() as counting:
                 for _ in range(num_prompts):
                     encoder(input_ids=words)
-        except (RuntimeError, TypeError, ValueError, NotImplementedError):
-            continue
-        found.append(counting.operations)
-    return found
+        except Exception as error:  # other libraries miss an argument in ways of their own
+            why = f"{type(error).__name__}: {error}".splitlines()[0]
+            left_out.append(LeftOut(part, f"a {type(encoder).__name__}, called with word numbers alone: {why}"))
+        else:
+            found.append(counting.operations)
+    return found, tuple(left_out)
 
 
 def _num_words(encoder: Any) -> int:

@@ -52,9 +52,14 @@ class Memory:
     activations: int
 
     @property
+    def grown(self) -> int:
+        """What drawing takes beside the weights."""
+        return self.kept + self.activations
+
+    @property
     def total(self) -> int:
         """All of it."""
-        return self.weights + self.kept + self.activations
+        return self.weights + self.grown
 
 
 @dataclass(frozen=True)

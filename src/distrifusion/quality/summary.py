@@ -114,7 +114,7 @@ def as_data(outcome: Outcome, verdict: Verdict) -> dict[str, Any]:
         "pictures": [_picture(result) for result in outcome.results],
         "noise_floors": [{"title": f.title, "pictures": [_picture(r) for r in f.results]} for f in outcome.floors],
     }
-    return _finite(found)
+    return finite(found)
 
 
 def _floor(outcome: Outcome, measure: Measure) -> float | None:
@@ -147,10 +147,10 @@ def _picture(result: Result) -> dict[str, Any]:
     }
 
 
-def _finite(value: Any) -> Any:
-    """The same, with None for numbers that JSON does not have."""
+def finite(value: Any) -> Any:
+    """The same value, with None for numbers that JSON does not have."""
     if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -16,6 +16,7 @@ from torch.distributed.distributed_c10d import _get_default_store
 
 from distrifusion.engine.run import sampled
 from distrifusion.errors import ConfigError
+from distrifusion.memory.use import weighing
 from distrifusion.plan import Plan
 from distrifusion.runtime import attributes, source
 from distrifusion.runtime.cancelling import Boundaries, OwnAgreement, StoreAgreement
@@ -54,8 +55,9 @@ class InProcessPipeline(LoadedPipeline):
     def _step(self) -> int | None:
         return self._boundaries.step
 
-    def _run(self, number: int, arguments: dict[str, Any], traced: bool) -> EndedRun:
+    def _run(self, number: int, arguments: dict[str, Any], traced: bool, weighed: bool) -> EndedRun:
         tracer = Tracer(self._pipe) if traced else None
+        use = weighing(self._pipe.device) if weighed else None
         clock = StepClock(self._pipe.device)
         self._boundaries.begin(number)
         followed = _followed(type(self._pipe), arguments, clock, self._boundaries)
@@ -68,7 +70,8 @@ class InProcessPipeline(LoadedPipeline):
                 raise
             raise short from error
         times = clock.times()
-        return EndedRun(output, times, tracer.collect() if tracer else [])
+        memory = [use()] if use else []
+        return EndedRun(output, times, tracer.collect() if tracer else [], memory)
 
     def _sampled(self, arguments: dict[str, Any]) -> AbstractContextManager[dict[str, Any]]:
         """The arguments for the pipeline itself, whose loop serves a sampler if they ask for one."""

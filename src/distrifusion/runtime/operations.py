@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from distrifusion.memory.use import MemoryUse
 from distrifusion.runtime.randomness import Randomness
 from distrifusion.runtime.source import Source
 from distrifusion.runtime.timing import RunTimes
@@ -46,6 +47,7 @@ class Call:
         number: of the call, as the caller counts them.
         tensor_inputs: names of tensors the caller's `callback_on_step_end` gets, None if there is none.
         traced: the answer tells what the rank did in the denoiser calls.
+        weighed: the answer tells what the rank took of memory.
     """
 
     number: int
@@ -53,6 +55,7 @@ class Call:
     randomness: Randomness
     tensor_inputs: tuple[str, ...] | None
     traced: bool
+    weighed: bool
 
 
 @dataclass(frozen=True)
@@ -112,3 +115,4 @@ class CallResult:
     randomness: Randomness | None = None
     times: RunTimes | None = None
     timeline: RankTimeline | None = None
+    memory: MemoryUse | None = None

@@ -13,6 +13,7 @@ from typing import Any, Self
 import torch
 
 from distrifusion.errors import ConfigError
+from distrifusion.memory.use import MemoryUse
 from distrifusion.plan import Plan
 from distrifusion.runtime import call_checks
 from distrifusion.runtime.source import PipelineFacts
@@ -38,11 +39,13 @@ class EndedRun:
 
     Attributes:
         ranks: what the ranks did in it; empty if it was not traced.
+        memory: what the ranks took in it; empty if it was not weighed.
     """
 
     output: Any
     times: RunTimes
     ranks: list[RankTimeline]
+    memory: list[MemoryUse]
 
 
 class LoadedPipeline(ABC):
@@ -69,7 +72,8 @@ class LoadedPipeline(ABC):
     def __init__(self, plan: Plan, devices: tuple[torch.device, ...], threads: int | None, rank: int) -> None:
         own = {"plan": plan, "devices": devices, "threads": threads, "rank": rank, "last_run": None}
         # Calls are counted from 1; `_running` is the number of the one that is being served.
-        own |= {"_lock": threading.RLock(), "_num_calls": 0, "_running": None, "_closed": False, "_timeline": None}
+        own |= {"_lock": threading.RLock(), "_num_calls": 0, "_running": None, "_closed": False}
+        own |= {"_timeline": None, "_weighed": None}
         self.__dict__.update(own)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -92,12 +96,15 @@ class LoadedPipeline(ABC):
                 facts = self._facts()
                 arguments = call_checks.bind(facts, args, kwargs)
                 call_checks.check(facts, arguments, self.plan)
-                ended = self._run(number, arguments, traced=self._timeline is not None)
+                asked = {"traced": self._timeline is not None, "weighed": self._weighed is not None}
+                ended = self._run(number, arguments, **asked)
             finally:
                 self.__dict__["_running"] = None
             self.__dict__["last_run"] = ended.times
             if self._timeline is not None:
                 self._timeline.add(ended.ranks)
+            if self._weighed is not None:
+                self._weighed[:] = ended.memory
             return ended.output
 
     @contextmanager
@@ -120,6 +127,28 @@ class LoadedPipeline(ABC):
             yield timeline
         finally:
             self.__dict__["_timeline"] = None
+
+    @contextmanager
+    def weigh(self) -> Iterator[list[MemoryUse]]:
+        """Measure what every rank takes of memory in what is drawn meanwhile.
+
+        The list holds an entry for every rank, of the last call that ended without an error. A rank begins by giving
+        back what it holds unused, before the time of the call counts. Under torchrun the list has the own rank's.
+
+        Raises:
+            ConfigError: if the pipeline is weighed already.
+
+        Under torchrun every rank calls it.
+        """
+        with self._turn():
+            if self._weighed is not None:
+                raise ConfigError("this pipeline is weighed already; use the list of that block")
+            found: list[MemoryUse] = []
+            self.__dict__["_weighed"] = found
+        try:
+            yield found
+        finally:
+            self.__dict__["_weighed"] = None
 
     def cancel(self) -> None:
         """End the call that is being served: it raises `Cancelled`, and the pipeline is ready for the next call.
@@ -201,7 +230,7 @@ class LoadedPipeline(ABC):
     def _step(self) -> int | None: ...
 
     @abstractmethod
-    def _run(self, number: int, arguments: dict[str, Any], traced: bool) -> EndedRun: ...
+    def _run(self, number: int, arguments: dict[str, Any], traced: bool, weighed: bool) -> EndedRun: ...
 
     @abstractmethod
     def _cancel(self, number: int) -> None: ...

@@ -94,14 +94,14 @@ class SpawnedPipeline(LoadedPipeline):
     def _step(self) -> int | None:
         return self._workers.board.step_of(0)
 
-    def _run(self, number: int, arguments: dict[str, Any], traced: bool) -> EndedRun:
+    def _run(self, number: int, arguments: dict[str, Any], traced: bool, weighed: bool) -> EndedRun:
         self.start()
         self._workers.board.write(0, None)  # where a call before this one was left
         callback = arguments.get("callback_on_step_end")
         names = None if callback is None else tensor_inputs(arguments)
         sent = {name: value for name, value in arguments.items() if not name.startswith("callback_on_step_end")}
         with_cuda = torch.cuda.is_initialized() or sent.get("generator") is None
-        call = Call(number, sent, randomness.capture(self.devices[0], {}, with_cuda), names, traced)
+        call = Call(number, sent, randomness.capture(self.devices[0], {}, with_cuda), names, traced, weighed)
         watcher = _Watcher(self, self._workers, number, callback, self._bar_config, with_cuda)
         try:
             results: list[CallResult] = self._ask(call, watcher)
@@ -115,7 +115,8 @@ class SpawnedPipeline(LoadedPipeline):
             watcher.close_bar()
         assert results[0].times is not None
         ranks = [result.timeline for result in results if result.timeline is not None]
-        return EndedRun(results[0].output, results[0].times, ranks)
+        memory = [result.memory for result in results if result.memory is not None]
+        return EndedRun(results[0].output, results[0].times, ranks, memory)
 
     def _cancel(self, number: int) -> None:
         self._workers.board.cancel(number)

@@ -26,6 +26,7 @@ import transformers
 
 from distrifusion.exchange.meeting import transport_of
 from distrifusion.in_place import called_alike, parallelize
+from distrifusion.memory.use import weighing
 from distrifusion.runtime import attributes, randomness
 from distrifusion.runtime.board import Board
 from distrifusion.runtime.cancelling import BoardAgreement, Boundaries
@@ -147,13 +148,15 @@ class Worker:
         randomness.restore(op.randomness, self.device, {})
         self.boundaries.begin(op.number)
         tracer = Tracer(self.pipe) if op.traced else None
+        use = weighing(self.device) if op.weighed else None
         clock = StepClock(self.device)
         with tracer or contextlib.nullcontext():
             output = self.pipe(**op.arguments, **self._step_end(op, request, generators, clock))
         times, timeline = clock.times(), tracer.timeline() if tracer else None
+        memory = use() if use else None
         if self.rank != 0:
-            return CallResult(timeline=timeline)
-        return CallResult(output, randomness.capture(self.device, generators), times, timeline)
+            return CallResult(timeline=timeline, memory=memory)
+        return CallResult(output, randomness.capture(self.device, generators), times, timeline, memory)
 
     def _step_end(self, op: Call, request: int, generators: Generators, clock: StepClock) -> dict[str, Any]:
         if not takes_step_callback(type(self.pipe)):

@@ -75,6 +75,7 @@ def walk(unet: UNet2DConditionModel, height: int, width: int) -> list[dict[str, 
     return [x, moved(x), moved(x, seed=1)]
 
 
+@pytest.mark.supports("plan", "patch<N>.displaced.fresh<N>")
 @pytest.mark.parametrize(
     ("patch", "num_fresh", "height", "width"), [(2, 0, 24, 16), (2, 1, 25, 17), (3, 2, 25, 17), (4, 1, 33, 9)]
 )

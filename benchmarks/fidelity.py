@@ -46,6 +46,8 @@ VARIANTS = {
     "KV and halos stale": "displaced.kv.halo",
     "KV stale": "displaced",
     "KV forecast": "displaced.forecast",
+    "KV stale, last attention fresh": "displaced.fresh1",
+    "KV forecast, last attention fresh": "displaced.forecast.fresh1",
     "KV stale, resynchronised at 10 %": "displaced.resync10",
     "KV forecast, resynchronised at 10 %": "displaced.forecast.resync10",
     "KV stale in 4 bits": "displaced.delta4",

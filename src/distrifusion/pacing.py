@@ -61,6 +61,7 @@ class Pacing:
             sending=self._sending,
             codes=past_warmup,
             forecast=self._forecast(before, timestep, device) if self._plan.forecast else 0.0,
+            num_fresh=self._plan.fresh,
             watches=self._plan.resync is not None,
             late=late,
             renews=self._plan.renews(state.calls),

@@ -88,6 +88,7 @@ def unet() -> Any:
         ("patch3.columns", (1, 5)),
         ("cfg2.patch2", (1, 5)),
         ("patch2.displaced.w1", (1, 3)),
+        ("patch2.displaced.fresh1.w0", (1, 4)),
         ("patch2.displaced.all.w0", (1, 4)),
         ("patch2.displaced.halo.w0", (1, 4)),
         ("patch2.displaced.forecast.w0", (2, 1)),  # two buffers take turns: a graph for each

@@ -198,14 +198,16 @@ def test_what_was_heard_in_one_plan_holds_in_others(size: tuple[int, int]) -> No
 
 def test_what_is_displaced_is_not_waited_for_in_its_call() -> None:
     meta, inputs = sdxl_unet().to("meta"), on_meta(unet_inputs(sdxl_unet(), 2, 20, 16))
-    fresh, stale, everything = (
+    fresh, stale, last, everything = (
         rehearse(meta, Plan.parse(text), inputs).steady
-        for text in ("patch2", "patch2.displaced", "patch2.displaced.all")
+        for text in ("patch2", "patch2.displaced", "patch2.displaced.fresh1", "patch2.displaced.all")
     )
     assert all(post.waited for post in fresh.posts)
     later = sum(sum(post.sent.values()) for post in stale.posts if not post.waited)
     assert later == stale.sent["kv"]
     assert [post.waited for post in everything.posts].count(True) == 1  # the prediction
+    num_waits = [[post.waited for post in call.posts].count(True) for call in (stale, last)]
+    assert num_waits[1] == num_waits[0] + 1 and last.sent == stale.sent and last.kept == stale.kept
 
 
 def test_a_rehearsal_leaves_the_model_as_it_was() -> None:

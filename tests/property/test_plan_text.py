@@ -14,7 +14,7 @@ from distrifusion.plan import ALL_KINDS, DEFAULT_STALE, DEFAULT_WARMUP, DELTA_BI
 from distrifusion.plan.legality import CLASHES
 
 _KNOWN = re.compile(
-    r"(dp|cfg|patch|ulysses|ring|pipe|async|tp|m|stride|w|delta|forecast|resync)\d+|forecast|rows|columns|alternating|sync|displaced|frozen|naive|kv|halo|norm|all|(stale|separate|corrected)norm|timeshift|timed"
+    r"(dp|cfg|patch|ulysses|ring|pipe|async|tp|m|stride|w|delta|forecast|fresh|resync)\d+|forecast|rows|columns|alternating|sync|displaced|frozen|naive|kv|halo|norm|all|(stale|separate|corrected)norm|timeshift|timed"
 )
 
 cuts = st.sampled_from((Split.ROWS, Split.COLUMNS))
@@ -49,6 +49,7 @@ plans_with_knobs = st.builds(
     warmup=st.integers(0, 60),
     delta=st.none() | st.sampled_from(DELTA_BITS),
     forecast=st.integers(0, 200),
+    fresh=st.integers(0, 9),
     resync=st.none() | st.integers(0, 300),
 )
 attention_plans = st.builds(Plan, dp=st.integers(1, 3), cfg=cfgs, ulysses=st.integers(1, 6), ring=st.integers(1, 6))
@@ -186,6 +187,7 @@ def test_displaced_alone_is_keys_and_values_and_all_is_the_published_form() -> N
         ("patch2.delta4", Plan(patch=2, delta=4, warmup=0)),
         ("patch2.displaced.delta8", Plan(patch=2, stale=frozenset({SiteKind.KV}), delta=8)),
         ("patch2.displaced.forecast", Plan(patch=2, stale=frozenset({SiteKind.KV}), forecast=50)),
+        ("patch2.displaced.fresh1", Plan(patch=2, stale=frozenset({SiteKind.KV}), fresh=1)),
         ("patch2.displaced.resync20", Plan(patch=2, stale=frozenset({SiteKind.KV}), resync=20, warmup=0)),
     ],
 )
@@ -203,6 +205,12 @@ def test_knobs_have_words_and_their_own_default_of_the_warm_up(text: str, plan: 
         ("patch2.displaced.forecast201", "forecast201"),
         ("patch2.resync5", "'resync5' watches stale keys"),
         ("patch2.frozen.forecast", "'forecast50'"),
+        ("patch2.fresh1", "'fresh1' keeps the last attentions from stale"),
+        ("patch2.displaced.halo.fresh1", "'fresh1'"),
+        ("patch2.frozen.fresh1", "'fresh1'"),
+        ("patch2.delta4.fresh1", "'fresh1'"),
+        ("async2.fresh1", "'fresh1'"),
+        ("patch2.displaced.frsh1", "did you mean 'fresh1'"),
         ("patch2.frozen.delta4", "'delta4' codes what bands send"),
         ("patch2.naive.delta4", "'delta4' codes what bands send"),
         ("patch2.delta4.delta8", "delta"),

@@ -146,7 +146,7 @@ WishedPlan = Annotated[
         "--plan",
         metavar="PLAN",
         help="What to divide: words joined by dots. cfg2: the two branches of guidance; dp2: several pictures; "
-        "patch4: four bands of rows; displaced: old keys and values, not exact; forecast: nearer; delta4: few "
+        "patch4: four bands of rows; displaced: old keys and values, not exact; fresh1: nearer; delta4: few "
         "bytes, for slow links; w4: warm-up calls that stay exact; tp2: the weights of every layer; async2: parts "
         "of the network at once; for transformers also ulysses2, ring2 and pipe2; see docs/methods.md. "
         "auto: the fastest on this machine that keeps --fidelity. "

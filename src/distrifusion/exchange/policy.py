@@ -25,6 +25,7 @@ class CallPolicy:
         sending: how keys and values travel.
         codes: keys and values are sent as codes in this call.
         forecast: how much of their last change stale keys and values are carried on by.
+        num_fresh: attentions, the last of a call, whose keys and values are this call's all the same.
         watches: whether the drift of kept keys and values is measured.
         late: what is taken is the last value that was given, not this call's.
         renews: what is given and taken late moves on in this call.
@@ -41,8 +42,13 @@ class CallPolicy:
     sending: Sending = AS_THEY_ARE
     codes: bool = False
     forecast: Weight = 0.0
+    num_fresh: int = 0
     watches: bool = False
     late: bool = False
     renews: bool = True
     num_relayed: int = 1
     given_at: Any = None
+
+    def gathers_old(self, kind: SiteKind | None, name: str) -> bool:
+        """Whether a site that has gathered before is to read what the last call sent."""
+        return kind in self.stale and not (self.state and self.state.gathers_last(name, self.num_fresh))

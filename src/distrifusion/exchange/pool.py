@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import torch
@@ -125,6 +126,10 @@ class CallState:
         for kept, values in ((entry.outgoing, sends), (entry.incoming, receives)):
             for peer, value in values.items():
                 kept[peer].copy_(value)
+
+    def gathers_last(self, name: str, count: int) -> bool:
+        """Whether a site was among the last `count` that gathered in the request's first call, on every rank alike."""
+        return name in islice(reversed(self.gathers), count)
 
     def pack(self) -> None:
         """Put small values that still stand alone into parcels; names, not this order, say later which is which.

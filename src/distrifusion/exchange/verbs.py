@@ -129,7 +129,7 @@ class Exchange:
         policy = self._policy
         state = policy.state if kind in policy.keep else None
         entry = state.gathers.get(name) if state else None
-        fresh = entry is None or kind not in policy.stale
+        fresh = entry is None or not policy.gathers_old(kind, name)
         if entry is None:
             sending = policy.sending if state else AS_THEY_ARE
             entry = GatherBuffer(name, pieces[0], len(pieces), lengths, policy.team, policy.index, sending)

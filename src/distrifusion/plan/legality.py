@@ -130,6 +130,8 @@ def _check_knobs(plan: Plan) -> None:
         raise PlanError(f"delta{plan.delta}: a difference has {', '.join(map(str, DELTA_BITS))} bits")
     if not 0 <= plan.forecast <= MOST_FORECAST:
         raise PlanError(f"forecast{plan.forecast}: the percent of the last change is 0 to {MOST_FORECAST}")
+    if plan.fresh < 0:
+        raise PlanError(f"fresh{plan.fresh}: the number of attentions with fresh keys and values is at least 0")
     if plan.resync is not None and plan.resync < 0:
         raise PlanError(f"resync{plan.resync}: the percent of drift is at least 0")
     if plan.delta is not None and (plan.naive or plan.frozen):
@@ -139,6 +141,10 @@ def _check_knobs(plan: Plan) -> None:
         raise PlanError(
             f"'forecast{plan.forecast}' carries on stale values; it needs 'displaced' with 'kv', 'async<N>' or "
             "'pipe<N>', without 'sync'"
+        )
+    if plan.fresh and not ages:
+        raise PlanError(
+            f"'fresh{plan.fresh}' keeps the last attentions from stale keys and values; it needs 'displaced' with 'kv'"
         )
     if plan.forecast and plan.pieces == 1:
         raise PlanError(f"'forecast{plan.forecast}' carries on keys of other pieces, and m1 has none; use m2 or more")

@@ -28,7 +28,8 @@ class Plan:
 
     `w<N>` is the number of calls after the first that stay synchronous. `forecast` or `forecast<percent>` extrapolates
     stale values, and `resync<percent>` makes a call synchronous when they have drifted by more than that since the one
-    before. `async` and `pipe` use values of the last call unless `sync` is said.
+    before. `fresh<N>` lets the last N attentions of a call wait for this call's keys and values. `async` and `pipe` use
+    values of the last call unless `sync` is said.
     For research: `frozen` in place of `displaced` (the others' values stay those of the last synchronous call), `naive`
     (bands exchange nothing but the prediction; rows, columns or `alternating`), and after `displaced.all` or
     `frozen.all` `stalenorm` or `separatenorm` (what norms do with old statistics).
@@ -58,6 +59,8 @@ class Plan:
         norms: what norms do with stale statistics.
         delta: bits of a value's coded difference, one of 1, 2, 4, 8; 32 sends values as they are; None codes nothing.
         forecast: percent of their last change by which stale values are carried on, 0 to 200.
+        fresh: attentions, the last ones of a call, that use this call's keys and values although others' are stale;
+            at least 0, which leaves all stale.
         resync: percent of drift beyond which the next call is synchronous; 0 makes all calls so, None none.
 
     Raises:
@@ -85,6 +88,7 @@ class Plan:
     norms: Norms = Norms.CORRECTED
     delta: int | None = None
     forecast: int = 0
+    fresh: int = 0
     resync: int | None = None
 
     def __post_init__(self) -> None:

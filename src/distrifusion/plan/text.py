@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 # Word that begins with it -> field, in the order in which they are written; axes outer to inner.
 AXES = {"dp": "dp", "cfg": "cfg", "pipe": "stages", "async": "components", "tp": "tp", "ulysses": "ulysses",
         "ring": "ring", "patch": "patch"}  # fmt: skip
-_NUMBERS = {"m": "pieces", "stride": "stride", "delta": "delta", "forecast": "forecast", "resync": "resync",
-            "w": "warmup"}  # fmt: skip
+_NUMBERS = {"m": "pieces", "stride": "stride", "delta": "delta", "forecast": "forecast", "fresh": "fresh",
+            "resync": "resync", "w": "warmup"}  # fmt: skip
 _NUMBER = re.compile(rf"({'|'.join((*AXES, *_NUMBERS))})(\d+)")
 _POLICY_WORDS = ("sync", "displaced", "frozen", "naive")
 _UNITS = {"delta": "bits", "forecast": "percent", "resync": "percent", "m": "M"}
@@ -26,7 +26,7 @@ _PLAIN = (*Split, *_POLICY_WORDS, *SiteKind, "all", *Norms, *_SWITCHES)
 # What is offered for a word that is nearly right.
 _EXAMPLES = {"dp": "dp2", "cfg": "cfg2", "pipe": "pipe2", "async": "async2", "tp": "tp2", "ring": "ring2",
              "ulysses": "ulysses2", "patch": "patch2", "m": "m4", "stride": "stride2", "delta": "delta4",
-             "forecast": "forecast", "resync": "resync20", "w": "w4"}  # fmt: skip
+             "forecast": "forecast", "fresh": "fresh1", "resync": "resync20", "w": "w4"}  # fmt: skip
 
 
 def write(plan: Plan) -> str:
@@ -51,6 +51,8 @@ def write(plan: Plan) -> str:
         words.append(f"delta{plan.delta}")
     if plan.forecast:
         words.append("forecast" if plan.forecast == DEFAULT_FORECAST else f"forecast{plan.forecast}")
+    if plan.fresh:
+        words.append(f"fresh{plan.fresh}")
     if plan.resync is not None:
         words.append(f"resync{plan.resync}")
     if not plan.exact or plan.delta is not None:

@@ -97,6 +97,7 @@ def _methods(team: int, tokens: bool) -> Iterator[list[str]]:
     yield [bands, "delta8"]
     yield [bands, "delta4"]
     yield [bands, "displaced"]
+    yield [bands, "displaced", "fresh1"]
     yield [bands, "displaced", "forecast"]
     yield [bands, "displaced", "delta4"]
     if not tokens:

@@ -13,7 +13,7 @@ from distrifusion.planner.speeds import Speed
 from models import sdxl_unet
 from transformers_tiny import FAMILIES
 
-SPEED = Speed("tiny", dict.fromkeys(LayerKind, 1e9), 1e9, 1e-6, 1e-6, 0.0, 1.0, 0, 0, "made up")
+SPEED = Speed("tiny", dict.fromkeys(LayerKind, 1e9), 1e9, 1e-6, 1e-6, 0.0, 0.0, 1.0, 0.0, 0, 0, "made up")
 FAST = Links("fast", Link(0.0, 1e15), Link(0.0, 1e15), 8, 1.0, "made up")
 SLOW = Links("slow", Link(1e-3, 1e6), Link(1e-3, 1e6), 8, 0.0, "made up")
 

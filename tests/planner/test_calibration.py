@@ -10,7 +10,7 @@ import torch
 from blueprints import FAST, SPEED, unet
 
 from distrifusion.errors import ConfigError
-from distrifusion.planner import calibration, kernels
+from distrifusion.planner import calibration, kernels, rank_calls
 from distrifusion.planner.calibration import Circumstances, calibrated
 
 CPU = torch.device("cpu")
@@ -67,7 +67,7 @@ def test_a_rate_that_cannot_be_is_refused(measured: list[int]) -> None:
 
 def test_this_machine_can_be_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "_BUDGET", 0.0)
-    monkeypatch.setattr(kernels, "_CALLS_BUDGET", 0.0)
+    monkeypatch.setattr(rank_calls, "_BUDGET", 0.0)
     speed = kernels.measure_speed(unet(), CPU, 1)
     assert min(*speed.rates.values(), speed.bandwidth) > 0 and speed.memory > 0 and speed.places >= 1
     assert speed.source == "measured here, whole calls" and speed.post >= 0

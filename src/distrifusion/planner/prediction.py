@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, astuple, dataclass, replace
 from functools import partial
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 from distrifusion.plan import Plan
 from distrifusion.planner.costs import Costs
 from distrifusion.planner.links import Links
+from distrifusion.planner.operations import Operations
 from distrifusion.planner.rehearsal import CallWork, Rehearsed
 from distrifusion.planner.speeds import Speed
 
@@ -150,6 +151,8 @@ def predict(
         steady = fresh
     else:
         steady = _mean([clock(_flowing(call, plan)) for call in work.cycle])
+        if plan.stages > 1:
+            steady = _as_long_as_a_piece_takes(steady, costs.whole(plan), work, plan, clock)
     num_pieces, num_calls = plan.pieces or plan.stages, costs.blueprint.calls_per_step
     sent = sum(sum(post.sent.values()) for call in work.cycle for post in call.posts)
     return Prediction(
@@ -182,6 +185,21 @@ def _flowing(call: CallWork, plan: Plan) -> CallWork:
     return replace(call, posts=[replace(p, waited=False) for p in call.posts]) if plan.stages > 1 else call
 
 
+def _as_long_as_a_piece_takes(
+    steady: CallTime, whole: CallWork, work: Rehearsed, plan: Plan, clock: Callable[[CallWork], CallTime]
+) -> CallTime:
+    """A step of stages when the next one cannot begin with a piece before that piece has come through all of them.
+
+    With twice as many pieces as stages or more nobody waits for that; with as many, for what a piece needs between them.
+    """
+    num_pieces = plan.pieces or plan.stages
+    piece = clock(replace(whole, operations=whole.operations.share(num_pieces)))
+    coming = [replace(post, sent={}, waited=True) for post in work.steady.posts if post.num_bytes > 1 and post.received]
+    between = clock(CallWork(Operations(), posts=coming)).waiting / num_pieces
+    way = piece.total + plan.stages * between
+    return replace(steady, waiting=steady.waiting + max(0.0, way - steady.total))
+
+
 def _mean(times: Sequence[CallTime]) -> CallTime:
     return CallTime(*(sum(parts) / len(times) for parts in zip(*map(astuple, times), strict=True)))
 
@@ -193,9 +211,10 @@ def _several(time: CallTime, num_calls: int) -> CallTime:
 def _time(call: CallWork, rank: int, plan: Plan, speed: Speed, links: Links) -> CallTime:
     turns = speed.turns(plan.num_ranks)
     computing = speed.computing(call.operations) * turns * (speed.divided if plan.num_ranks > 1 else 1.0)
-    launching = turns * (speed.launching(call.operations) + len(call.posts) * speed.post)
+    launching = turns * (speed.launching(call.operations) + len(call.posts) * speed.a_post(plan))
+    launching = max(launching, turns * speed.starting(call.operations) - computing)
     waiting = sum(links.seconds(post, rank) for post in call.posts if post.waited)
-    under_way = sum(links.seconds(post, rank) for post in call.posts if not post.waited)
+    under_way = sum(links.seconds_under_way(post, rank) for post in call.posts if not post.waited)
     hidden = links.overlap * min(under_way, computing + launching)
     return CallTime(computing, launching, waiting, under_way - hidden)
 

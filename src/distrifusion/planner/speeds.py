@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Self
 
 from distrifusion.errors import ConfigError
+from distrifusion.plan import Plan
 from distrifusion.planner.operations import LayerKind, Operations
 
 
@@ -22,7 +23,10 @@ class Speed:
         layer: seconds that every kernel of a layer costs beside its operations: small bands are less efficient by it.
         launch: seconds that every other kernel costs beside its bytes.
         post: seconds of own work for every message or set of messages that leaves at once, beside their bytes.
+        hand: the same of a stage, which hands its pieces on as they are and cuts nothing.
         divided: factor by which a divided call takes longer than its share of the work says.
+        host: seconds in which the host starts a kernel while the device works on others: a call takes that for each of its
+            kernels at least. 0 where calls are captured as graphs, or the host computes itself.
         places: ranks that compute at once on this machine; more take turns. 0 where each rank has a device.
         memory: bytes, 0 if not known.
         source: where the figures are from.
@@ -34,7 +38,9 @@ class Speed:
     layer: float
     launch: float
     post: float
+    hand: float
     divided: float
+    host: float
     places: int
     memory: int
     source: str
@@ -47,13 +53,21 @@ class Speed:
         """Seconds for the kernels' start."""
         return work.calls.total() * self.layer + work.others * self.launch
 
+    def starting(self, work: Operations) -> float:
+        """Seconds for the host to start the kernels, which pass while the device computes."""
+        return self.host * work.kernels
+
+    def a_post(self, plan: Plan) -> float:
+        """Seconds of own work for a post of a plan's denoiser calls."""
+        return self.hand if plan.stages > 1 else self.post
+
     def turns(self, num_ranks: int) -> float:
         """By how much longer ranks take that have to share places."""
         return max(1.0, num_ranks / self.places) if self.places else 1.0
 
     def seconds(self, work: Operations) -> float:
         """Seconds for an undivided call."""
-        return self.computing(work) + self.launching(work)
+        return max(self.computing(work) + self.launching(work), self.starting(work))
 
     def made_to_take(self, seconds: float, work: Operations) -> Speed:
         """The same device, faster or slower in all kinds alike, so that an undivided call takes so many seconds."""
@@ -73,14 +87,14 @@ class Speed:
         """From JSON; raises ConfigError on a value that cannot work."""
         try:
             rates = {kind: float(row["rates"][kind]) for kind in LayerKind}
-            names = ("bandwidth", "layer", "launch", "post", "divided")
-            bandwidth, layer, launch, post, divided = (float(row[name]) for name in names)
+            names = ("bandwidth", "layer", "launch", "post", "hand", "divided", "host")
+            bandwidth, layer, launch, post, hand, divided, host = (float(row[name]) for name in names)
             name, places, memory, source = str(row["name"]), int(row["places"]), int(row["memory"]), str(row["source"])
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"the speed of a device has no usable {error}; calibrate it again") from error
-        speed = cls(name, rates, bandwidth, layer, launch, post, divided, places, memory, source)
+        speed = cls(name, rates, bandwidth, layer, launch, post, hand, divided, host, places, memory, source)
         positive = [*rates.values(), speed.bandwidth, speed.divided]
-        costs = [speed.layer, speed.launch, speed.post, speed.places]
+        costs = [speed.layer, speed.launch, speed.post, speed.hand, speed.host, speed.places]
         if min(positive) <= 0 or min(costs) < 0 or not all(map(math.isfinite, [*positive, *costs])):
             raise ConfigError(f"the speed of {speed.name} has a rate that is not above 0; calibrate it again")
         return speed
@@ -99,7 +113,7 @@ def _gpu(
         LayerKind.LINEAR: dense * 2 / 3,
         LayerKind.ATTENTION: dense / 2,
     }
-    return Speed(name, rates, bandwidth, layer, 2e-6, 0.0, divided, 0, gigabytes * 10**9, f"{_SHARE}; {source}")
+    return Speed(name, rates, bandwidth, layer, 2e-6, 0.0, 0.0, divided, 0.0, 0, gigabytes * 10**9, f"{_SHARE}; {source}")
 
 
 DEVICES: dict[str, Speed] = {

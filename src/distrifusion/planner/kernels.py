@@ -36,7 +36,8 @@ def measure_speed(blueprint: Blueprint, device: torch.device, threads: int) -> S
             memory = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else node_memory().total
             places = max(1, num_cores() // threads) if device.type == "cpu" else 0
             speed = Speed(
-                name_of(device), rates, bandwidth, launch, launch, 0.0, 0.0, 1.0, 0.0, places, memory, "measured here"
+                name_of(device), rates, bandwidth, layer=launch, launch=launch, post=0.0, hand=0.0, divided=1.0,
+                convolved=1.0, host=0.0, places=places, memory=memory, source="measured here",
             )  # fmt: skip
             return _agreeing(speed, calls) if calls.whole else speed
     finally:

@@ -7,6 +7,8 @@ from dataclasses import asdict, astuple, dataclass, replace
 from functools import partial
 from typing import Any
 
+from distrifusion.anatomy import anatomy_of
+from distrifusion.anatomy.tokens import TokenAnatomy
 from distrifusion.plan import Plan
 from distrifusion.planner.costs import Costs
 from distrifusion.planner.links import Links
@@ -144,7 +146,8 @@ def predict(
         outside: seconds of a picture outside the denoiser; None: those of encoding and decoding, as far as known.
     """
     work = costs.of(plan)
-    clock = partial(_time, rank=work.rank, plan=plan, speed=speed, links=links)
+    slower = _slower(costs, plan, speed)
+    clock = partial(_time, rank=work.rank, plan=plan, speed=speed, links=links, slower=slower)
     chain = _one_after_the_other(costs, plan, work)
     fresh = clock(chain or work.fresh)
     if chain is not None and plan.exact:
@@ -208,9 +211,17 @@ def _several(time: CallTime, num_calls: int) -> CallTime:
     return CallTime(*(num_calls * part for part in astuple(time)))
 
 
-def _time(call: CallWork, rank: int, plan: Plan, speed: Speed, links: Links) -> CallTime:
+def _slower(costs: Costs, plan: Plan, speed: Speed) -> float:
+    """By how much longer a rank computes than its part of the work says; kernels of components are one device's."""
+    if plan.num_ranks == 1:
+        return 1.0
+    convolved = plan.components == 1 and not isinstance(anatomy_of(costs.blueprint.denoiser), TokenAnatomy)
+    return speed.divided * (speed.convolved if convolved else 1.0)
+
+
+def _time(call: CallWork, rank: int, plan: Plan, speed: Speed, links: Links, slower: float) -> CallTime:
     turns = speed.turns(plan.num_ranks)
-    computing = speed.computing(call.operations) * turns * (speed.divided if plan.num_ranks > 1 else 1.0)
+    computing = speed.computing(call.operations) * turns * slower
     launching = turns * (speed.launching(call.operations) + len(call.posts) * speed.a_post(plan))
     launching = max(launching, turns * speed.starting(call.operations) - computing)
     waiting = sum(links.seconds(post, rank) for post in call.posts if post.waited)
@@ -222,7 +233,8 @@ def _time(call: CallWork, rank: int, plan: Plan, speed: Speed, links: Links) -> 
 def _outside(costs: Costs, plan: Plan, speed: Speed, links: Links) -> float:
     """Seconds of the prompt, which one rank encodes, and of the pictures, which all decode."""
     decoding = costs.decoding(plan)
-    decoded = 0.0 if decoding is None else _time(decoding, 0, plan, speed, links).total
+    slower = speed.divided * speed.convolved if plan.num_ranks > 1 else 1.0
+    decoded = 0.0 if decoding is None else _time(decoding, 0, plan, speed, links, slower).total
     return decoded + sum(speed.seconds(work) for work in costs.encoding())
 
 

@@ -24,7 +24,9 @@ class Speed:
         launch: seconds that every other kernel costs beside its bytes.
         post: seconds of own work for every message or set of messages that leaves at once, beside their bytes.
         hand: the same of a stage, which hands its pieces on as they are and cuts nothing.
-        divided: factor by which a divided call takes longer than its share of the work says.
+        divided: factor by which a rank computes slower while others compute beside it.
+        convolved: the same for networks with convolutions of which each rank has fewer rows: published figures of SDXL show
+            it, those of transformers do not.
         host: seconds in which the host starts a kernel while the device works on others: a call takes that for each of its
             kernels at least. 0 where calls are captured as graphs, or the host computes itself.
         places: ranks that compute at once on this machine; more take turns. 0 where each rank has a device.
@@ -40,6 +42,7 @@ class Speed:
     post: float
     hand: float
     divided: float
+    convolved: float
     host: float
     places: int
     memory: int
@@ -87,33 +90,35 @@ class Speed:
         """From JSON; raises ConfigError on a value that cannot work."""
         try:
             rates = {kind: float(row["rates"][kind]) for kind in LayerKind}
-            names = ("bandwidth", "layer", "launch", "post", "hand", "divided", "host")
-            bandwidth, layer, launch, post, hand, divided, host = (float(row[name]) for name in names)
+            seconds = {name: float(row[name]) for name in ("layer", "launch", "post", "hand", "host")}
+            factors = {name: float(row[name]) for name in ("bandwidth", "divided", "convolved")}
             name, places, memory, source = str(row["name"]), int(row["places"]), int(row["memory"]), str(row["source"])
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"the speed of a device has no usable {error}; calibrate it again") from error
-        speed = cls(name, rates, bandwidth, layer, launch, post, hand, divided, host, places, memory, source)
-        positive = [*rates.values(), speed.bandwidth, speed.divided]
-        costs = [speed.layer, speed.launch, speed.post, speed.hand, speed.host, speed.places]
+        speed = cls(name=name, rates=rates, **seconds, **factors, places=places, memory=memory, source=source)
+        positive, costs = [*rates.values(), *factors.values()], [*seconds.values(), places]
         if min(positive) <= 0 or min(costs) < 0 or not all(map(math.isfinite, [*positive, *costs])):
             raise ConfigError(f"the speed of {speed.name} has a rate that is not above 0; calibrate it again")
         return speed
 
 
 _SHARE = "two thirds of the dense 16-bit rate for products, half for convolutions and attention"
-_FIT = "layer and divided fitted to half of the published rows of docs/scaling.md"
+_FIT = "layer and convolved fitted to half of the published rows of docs/scaling.md"
 
 
 def _gpu(
-    name: str, dense: float, bandwidth: float, gigabytes: int, source: str, layer: float = 15e-6, divided: float = 1.12
+    name: str, dense: float, bandwidth: float, gigabytes: int, source: str, layer: float = 15e-6, convolved: float = 1.12
 ) -> Speed:
-    """A GPU by its dense rate of 16-bit products, in operations per second."""
+    """A GPU by its dense rate of 16-bit products, in operations per second; calls are captured as graphs."""
     rates = {
         LayerKind.CONVOLUTION: dense / 2,
         LayerKind.LINEAR: dense * 2 / 3,
         LayerKind.ATTENTION: dense / 2,
     }
-    return Speed(name, rates, bandwidth, layer, 2e-6, 0.0, 0.0, divided, 0.0, 0, gigabytes * 10**9, f"{_SHARE}; {source}")
+    return Speed(
+        name, rates, bandwidth, layer=layer, launch=2e-6, post=0.0, hand=0.0, divided=1.0, convolved=convolved, host=0.0,
+        places=0, memory=gigabytes * 10**9, source=f"{_SHARE}; {source}",
+    )  # fmt: skip
 
 
 DEVICES: dict[str, Speed] = {

@@ -126,7 +126,8 @@ def test_this_machine_can_be_measured(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_calls_of_a_transformer_are_measured_whole_in_bands_and_in_stages(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rank_calls, "_BUDGET", 0.0)
     blueprint = flux()
-    found = rank_calls.measured_calls(blueprint, CPU)
+    with torch.no_grad():
+        found = rank_calls.measured_calls(blueprint, CPU)
     assert len(found.whole) == 3 and found.bands is not None and found.stages is not None
     own = Costs(blueprint, replace(blueprint, guided=False).arguments(128, 128))
     assert found.bands.work.posts == own.of(Plan.parse("patch2")).steady.posts

@@ -155,7 +155,9 @@ def predict(
     else:
         steady = _mean([clock(_flowing(call, plan)) for call in work.cycle])
         if plan.stages > 1:
-            steady = _as_long_as_a_piece_takes(steady, costs.whole(plan), work, plan, clock)
+            # Hosts start kernels before a piece is there, each for its own stage.
+            ahead = partial(clock, speed=replace(speed, host=0.0))
+            steady = _as_long_as_a_piece_takes(steady, costs.whole(plan), work, plan, ahead)
     num_pieces, num_calls = plan.pieces or plan.stages, costs.blueprint.calls_per_step
     sent = sum(sum(post.sent.values()) for call in work.cycle for post in call.posts)
     return Prediction(

@@ -60,17 +60,23 @@ def read(file: Path) -> list[Point]:
 
 
 def choices(points: Sequence[Point]) -> list[tuple[str, str, float, str, float]]:
-    """For each model and size: the plan predicted to be fastest and the fastest measured, with their medians.
+    """For each model and size: the plan predicted to be fastest, and the one measured to be faster than it by most.
 
-    Runs of rows of one plan are put together: they differ by chance alone.
+    With both: by how much the chosen plan is slower, by the medians of all runs, and by the median over turns of the
+    ratio within a turn, which a machine that changes from turn to turn leaves as it is. Runs of rows of one plan are put
+    together: they differ by chance alone.
     """
     found = []
     for model, size in dict.fromkeys((p.model, p.size) for p in points):
         own = [p for p in points if (p.model, p.size) == (model, size) and p.plan]
-        runs = {plan: [run for p in own if p.plan == plan for run in p.runs] for plan in {p.plan for p in own}}
-        medians = {plan: statistics.median(values) for plan, values in runs.items()}
+        # By plan: the mean of its rows in every turn, and all runs.
+        rows = {plan: [p.runs for p in own if p.plan == plan] for plan in {p.plan for p in own}}
+        turns = {plan: [statistics.mean(turn) for turn in zip(*runs, strict=True)] for plan, runs in rows.items()}
+        medians = {plan: statistics.median(run for row in runs for run in row) for plan, runs in rows.items()}
         chosen, best = min(own, key=lambda p: p.predicted).plan, min(medians, key=lambda plan: medians[plan])
-        found.append((f"{model} {size}", chosen, medians[chosen], best, medians[best]))
+        ratios = (zip(turns[chosen], turns[plan], strict=True) for plan in turns)
+        by_turns = max(statistics.median(ours / theirs for ours, theirs in pairs) for pairs in ratios)
+        found.append((f"{model} {size}", chosen, medians[chosen] / medians[best] - 1, best, by_turns - 1))
     return found
 
 
@@ -124,8 +130,8 @@ def main() -> None:
         print(f"{p.model} {p.size} {p.case}: {told}")
     _report("steps", [abs(p.error) for p in points])
     _report("pictures", [abs(p.picture[1] / p.picture[0] - 1) for p in points])
-    for where, chosen, seconds, best, least in choices(points):
-        print(f"{where}: predicted best {chosen}, {seconds / least - 1:.1%} slower than {best}")
+    for where, chosen, slower, best, by_turns in choices(points):
+        print(f"{where}: predicted best {chosen}, {slower:.1%} slower than {best}; turn by turn {by_turns:.1%}")
     draw(points, words.out)
 
 

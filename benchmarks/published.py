@@ -1,7 +1,8 @@
 """Published figures that the cost model is checked with, and the networks they were measured on, without weights.
 
 Sources: DistriFusion (arXiv 2402.19481): SDXL, 50 DDIM steps, A100 with NVLink. An independent measurement of it on
-four A100. PipeFusion (arXiv 2405.14430): PixArt-alpha, 20 steps. AsyncDiff (arXiv 2406.06911): SDXL, 50 steps, A5000.
+four A100. PipeFusion (arXiv 2405.14430, and the data of its plots in github.com/xdit-project/xDiT, legacy/scripts/plots):
+PixArt-alpha, 20 steps. AsyncDiff (arXiv 2406.06911): SDXL, 50 steps, A5000.
 """
 
 from __future__ import annotations
@@ -57,40 +58,57 @@ class Row:
     Attributes:
         model: sdxl or pixart.
         size: pixels each way.
-        plan: what comes nearest to the published method in our words.
+        plans: what comes nearest to the published method in our words; of several the fastest, as they searched it.
         profile: links.
         device: the GPU.
         steps: denoising steps.
         alone: published seconds of one device; an input.
         seconds: published seconds of the plan.
         fitted: the row is one that constants are fitted on; the others check them.
+        kind: what it is counted with: `sdxl` and `pixart` bands, `stages` or `components`.
     """
 
     model: str
     size: int
-    plan: str
+    plans: tuple[str, ...]
     profile: str
     device: str
     steps: int
     alone: float
     seconds: float
     fitted: bool
+    kind: str
+
+
+_PIXART_ALONE = {1024: 2.085, 2048: 16.22, 4096: 183.6}
+# Numbers of pieces, of which PipeFusion's authors publish the fastest; they tried 16 and 32 too. With fewer than stages some
+# of these are idle.
+_SEARCHED = (2, 4, 8)
 
 
 def _sdxl(size: int, plan: str, alone: float, seconds: float, fitted: bool) -> Row:
-    return Row("sdxl", size, plan, "nvlink-a100", "a100", 50, alone, seconds, fitted)
+    return Row("sdxl", size, (plan,), "nvlink-a100", "a100", 50, alone, seconds, fitted, "sdxl")
 
 
-def _pixart(size: int, plan: str, profile: str, device: str, alone: float, seconds: float, fitted: bool) -> Row:
-    return Row("pixart", size, plan, profile, device, 20, alone, seconds, fitted)
+def _pixart(size: int, plan: str, profile: str, seconds: float, fitted: bool) -> Row:
+    return Row("pixart", size, (plan,), profile, "a100", 20, _PIXART_ALONE[size], seconds, fitted, "pixart")
 
 
-def _async(plan: str, seconds: float) -> Row:
-    return Row("sdxl", 1024, plan, "pcie4", "a5000", 50, 13.81, seconds, fitted=False)
+def _stages(
+    size: int, num: int, profile: str, seconds: float, fitted: bool, device: str = "a100", alone: float | None = None
+) -> Row:
+    plans = tuple(f"pipe{num}.m{pieces}.w1" for pieces in _SEARCHED if pieces >= num)
+    alone = alone or _PIXART_ALONE[size]
+    return Row("pixart", size, plans, profile, device, 20, alone, seconds, fitted, "stages")
 
 
-# Every second row of the first two tables is fitted on. The slowdown on PCIe is not, nor is anything in depth. What is
-# published of components with stride 2 is another method than ours, and left out.
+def _async(num: int, profile: str, seconds: float) -> Row:
+    return Row("sdxl", 1024, (f"async{num}.w2",), profile, "a5000", 50, 13.81, seconds, False, "components")
+
+
+# First the rows of the page from its beginning: every second one of the two tables of SDXL was fitted on, and two of
+# PixArt in bands. Then the two plots of PipeFusion's authors in their order, every second row of what was not there yet.
+# Nothing in components is fitted on. What is published of them with stride 2 is another method than ours, and left out.
 ROWS = (
     _sdxl(1024, "cfg2", 5.02, 3.35, True),
     _sdxl(1024, "cfg2.patch2.displaced.all", 5.02, 2.26, False),
@@ -103,15 +121,32 @@ ROWS = (
     _sdxl(3840, "cfg2.patch4.displaced.all", 140.0, 22.9, True),
     _sdxl(2048, "cfg2.patch2.displaced.all", 25.25, 8.27, False),
     _sdxl(2048, "cfg2.patch2", 25.25, 8.64, True),
-    _pixart(1024, "patch4.displaced", "pcie4", "a100", 2.085, 2.33, False),
-    _pixart(1024, "ulysses4", "pcie4", "a100", 2.085, 1.74, True),
-    _pixart(1024, "pipe4.m4.w0", "pcie4", "a100", 2.085, 0.866, False),
-    _pixart(1024, "patch8.displaced", "nvlink-a100", "a100", 2.085, 0.765, True),
-    _pixart(1024, "pipe8.m8.w0", "nvlink-a100", "a100", 2.085, 0.969, False),
-    _pixart(4096, "pipe8.m8.w0", "pcie4", "l20", 306.6, 71.1, False),
-    _async("async2.w2", 8.00),
-    _async("async3.w2", 5.84),
-    _async("async4.w2", 5.12),
+    _pixart(1024, "patch4.displaced.w1", "pcie4", 2.33, False),
+    _pixart(1024, "ulysses4", "pcie4", 1.74, True),
+    _stages(1024, 4, "pcie4", 0.866, False),
+    _pixart(1024, "patch8.displaced.w1", "nvlink-a100", 0.765, True),
+    _stages(1024, 8, "nvlink-a100", 0.969, False),
+    _stages(4096, 8, "pcie4", 71.1, False, "l20", 306.6),
+    _async(2, "nvlink-a5000", 8.00),
+    _async(3, "pcie4", 5.84),
+    _async(4, "pcie4", 5.12),
+    _stages(1024, 2, "pcie4", 1.235, True),
+    _stages(1024, 2, "nvlink-a100", 1.358, False),
+    _stages(1024, 4, "nvlink-a100", 0.9633, True),
+    _pixart(1024, "patch2.displaced.w1", "pcie4", 1.946, False),
+    _pixart(1024, "patch2.displaced.w1", "nvlink-a100", 1.187, True),
+    _pixart(1024, "patch4.displaced.w1", "nvlink-a100", 0.795, False),
+    _stages(4096, 2, "pcie4", 101.7, True),
+    _stages(4096, 4, "pcie4", 60.15, False),
+    _stages(4096, 2, "nvlink-a100", 101.0, True),
+    _stages(4096, 4, "nvlink-a100", 60.10, False),
+    _stages(4096, 8, "nvlink-a100", 42.79, True),
+    _pixart(4096, "patch2.displaced.w1", "pcie4", 98.29, False),
+    _pixart(4096, "patch4.displaced.w1", "pcie4", 68.35, True),
+    _pixart(4096, "patch2.displaced.w1", "nvlink-a100", 92.72, False),
+    _pixart(4096, "patch4.displaced.w1", "nvlink-a100", 48.49, True),
+    _pixart(4096, "patch8.displaced.w1", "nvlink-a100", 25.24, False),
+    _stages(2048, 8, "nvlink-a100", 4.061, True),
 )
 # PixArt at 1024, 2048, 4096 pixels on 8 devices: published GB of DistriFusion's implementation, and of one device.
 MEMORY = {1024: (14.3, 12.3), 2048: (20.4, 12.9), 4096: (45.1, 15.5)}

@@ -50,17 +50,16 @@ def draw_all(
 
 def _against_published(checks: Sequence[tuple[Row, float]], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(6.4, 5.6), layout="constrained")
-    marks = {"sdxl": "o", "pixart": "s", "stages": "^", "async": "D"}
+    marks = {"sdxl": "o", "pixart": "s", "stages": "^", "components": "D"}
     seen = set()
     for row, predicted in checks:
-        group = "stages" if row.plan.startswith("pipe") else "async" if row.plan.startswith("async") else row.model
-        label = f"{group}, {'fitted' if row.fitted else 'held out'}"
+        label = f"{row.kind}, {'fitted' if row.fitted else 'held out'}"
         axes.plot(
-            row.seconds, predicted, marks[group], color="#b0b0b0" if row.fitted else "#b04040",
+            row.seconds, predicted, marks[row.kind], color="#b0b0b0" if row.fitted else "#b04040",
             label=None if label in seen else label, markersize=7,
         )  # fmt: skip
         seen.add(label)
-    ends = (0.6, 110)
+    ends = (0.6, 130)
     axes.plot(ends, ends, color="black", linewidth=0.8)
     axes.fill_between(ends, [0.85 * e for e in ends], [1.15 * e for e in ends], color="black", alpha=0.08, label="15 %")
     axes.set(

@@ -83,7 +83,8 @@ def wanted() -> Iterator[tuple[str, int, str]]:
     """All models, sizes and plans of the page, the published ones first."""
     for row in ROWS:
         yield row.model, row.size, "patch1"
-        yield row.model, row.size, row.plan
+        if row.kind != "components":
+            yield from ((row.model, row.size, plan) for plan in row.plans)
     for size in MEMORY:
         yield "pixart", size, "patch8.displaced"
     for model, sizes in SIZES.items():

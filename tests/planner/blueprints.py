@@ -13,7 +13,10 @@ from distrifusion.planner.speeds import Speed
 from models import sdxl_unet
 from transformers_tiny import FAMILIES
 
-SPEED = Speed("tiny", dict.fromkeys(LayerKind, 1e9), 1e9, 1e-6, 1e-6, 0.0, 1.0, 0, 0, "made up")
+SPEED = Speed(
+    "tiny", dict.fromkeys(LayerKind, 1e9), 1e9, layer=1e-6, launch=1e-6, post=0.0, hand=0.0, divided=1.0, convolved=1.0,
+    host=0.0, places=0, memory=0, source="made up",
+)  # fmt: skip
 FAST = Links("fast", Link(0.0, 1e15), Link(0.0, 1e15), 8, 1.0, "made up")
 SLOW = Links("slow", Link(1e-3, 1e6), Link(1e-3, 1e6), 8, 0.0, "made up")
 

@@ -25,6 +25,12 @@ TEXTS = ("patch1", "cfg2", "patch2", "cfg2.patch2", "patch2.displaced.w1", "patc
          "async2.w1", "tp2")  # fmt: skip
 
 
+def _flux_costs() -> Costs:
+    # The calls of the family are wider than the tiny ones of other tests.
+    tiny = flux()
+    return Costs(tiny, tiny.arguments(96, 96))
+
+
 def seconds(text: str, speed=SPEED, links=FAST) -> float:
     return predict(COSTS, Plan.parse(text), speed, links, STEPS).per_picture
 
@@ -106,6 +112,59 @@ def test_own_work_at_every_post_is_paid_for() -> None:
     assert busy.per_step - plain.per_step == pytest.approx(1e-3 * posts)
 
 
+def test_a_post_of_stages_has_a_cost_of_its_own() -> None:
+    own = _flux_costs()
+    for text, name in (("patch2", "post"), ("pipe2.m4.w0", "hand")):
+        plan = Plan.parse(text)
+        plain, busy, other = (
+            predict(own, plan, replace(SPEED, **costs), FAST, STEPS)
+            for costs in ({}, {name: 1e-3}, {{"post": "hand", "hand": "post"}[name]: 1e-3})
+        )
+        assert busy.per_step - plain.per_step == pytest.approx(1e-3 * len(own.of(plan).steady.posts))
+        assert other.per_step == plain.per_step
+
+
+def test_latency_passes_where_nobody_waits() -> None:
+    late = replace(FAST, within=Link(1e-2, 1e15), overlap=0.0)
+    stale, fresh = (predict(COSTS, Plan.parse(text), SPEED, late, STEPS) for text in ("patch2.displaced.all", "patch2"))
+    assert stale.steady.exposed == pytest.approx(0.0, abs=1e-9)
+    assert fresh.steady.waiting >= 1e-2
+
+
+def test_a_step_of_stages_takes_as_long_as_a_piece_needs_to_come_through_all() -> None:
+    own = _flux_costs()
+    alone = predict(own, Plan(), SPEED, FAST, STEPS).steady
+    one, two, many = (
+        predict(own, Plan.parse(f"pipe2.m{num}.w0"), SPEED, FAST, STEPS).steady for num in (1, 2, 4)
+    )
+    # One piece in two stages: one of them is idle. With pieces for all, the busiest stage is what a step takes.
+    assert one.total == pytest.approx(alone.total, rel=0.05)
+    assert two.computing < one.total and many.waiting == 0.0
+    slow = replace(SLOW, within=Link(1.0, 1e15))
+    assert predict(own, Plan.parse("pipe2.m2.w0"), SPEED, slow, STEPS).steady.waiting > 1.0
+    assert predict(own, Plan.parse("pipe2.m2.w0"), SPEED, slow, STEPS).steady.waiting > (
+        predict(own, Plan.parse("pipe2.m16.w0"), SPEED, slow, STEPS).steady.waiting
+    )
+
+
+def test_a_host_that_starts_kernels_slowly_is_what_a_step_takes() -> None:
+    kernels = COSTS.of(Plan.parse("patch2")).steady.operations.kernels
+    slow, none = (predict(COSTS, Plan.parse("patch2"), replace(SPEED, host=h), FAST, STEPS) for h in (1.0, 1e-12))
+    assert slow.steady.computing + slow.steady.launching == pytest.approx(1.0 * kernels)
+    assert none == predict(COSTS, Plan.parse("patch2"), SPEED, FAST, STEPS)
+
+
+def test_fewer_rows_for_convolutions_cost_networks_that_have_them() -> None:
+    slower = replace(SPEED, convolved=1.5)
+    flux_costs = _flux_costs()
+    for own, text, factor in (
+        (COSTS, "patch2", 1.5), (COSTS, "cfg2", 1.5), (COSTS, "async2", 1.0), (COSTS, "patch1", 1.0),
+        (flux_costs, "patch2", 1.0), (flux_costs, "pipe2.m4.w0", 1.0),
+    ):  # fmt: skip
+        plain, more = (predict(own, Plan.parse(text), speed, FAST, STEPS).steady for speed in (SPEED, slower))
+        assert more.computing == pytest.approx(factor * plain.computing)
+
+
 def test_components_of_a_stride_take_the_mean_of_their_cycle() -> None:
     every, second = (predict(COSTS, Plan.parse(text), SPEED, FAST, STEPS) for text in ("async2", "async2.stride2"))
     cycle = COSTS.of(Plan.parse("async2.stride2")).cycle
@@ -138,9 +197,7 @@ def test_stages_are_for_transformers_and_components_need_blocks() -> None:
 
 
 def test_a_pipeline_of_stages_divides_a_transformer() -> None:
-    # The calls of the family are wider than the tiny ones of other tests.
-    tiny = flux()
-    own = Costs(tiny, tiny.arguments(96, 96))
+    own = _flux_costs()
     alone, staged = (predict(own, Plan.parse(text), SPEED, FAST, STEPS) for text in ("patch1", "pipe2.m2.w0"))
     assert alone.steady.computing / 2 <= staged.steady.computing < alone.steady.computing
     assert staged.bubble == 0.5

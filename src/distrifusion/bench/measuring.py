@@ -168,7 +168,7 @@ def _draw(order: Order, case: Case, pipe: Any) -> tuple[float, float, Any]:
     clock, last = StepClock(order.where[0]), order.call["num_inference_steps"] - 1
 
     def stepped(_pipe: Any, step: int, _timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
-        clock.step_ended(step == last)
+        clock.step_ended(step == last, given)
         return given
 
     before = torch.get_num_threads()

@@ -97,7 +97,7 @@ def arrive(x: torch.Tensor, band: int) -> None:
             x._become_plain()
 
 
-def complete(x: torch.Tensor) -> None:
+def complete(x: torch.Tensor | None) -> None:
     """Wait for all bands, and for those of what was computed from them: whoever asks may write to the tensor."""
     if isinstance(x, Arriving):
         derived = [made for ref in x._derived if (made := ref()) is not None]

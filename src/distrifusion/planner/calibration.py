@@ -24,7 +24,7 @@ from distrifusion.runtime.devices import num_cores
 
 _LIBRARIES = ("torch", "diffusers", "distrifusion")
 _FOLDER_VARIABLE = "DISTRIFUSION_CACHE"
-_FORM = "2"
+_FORM = "3"
 _LIMIT = 120.0
 _ONE_MACHINE = 1024
 _ENDLESS = 1e15  # bytes per second

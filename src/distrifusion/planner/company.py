@@ -29,9 +29,11 @@ _TRIPS = 60
 _LARGE_TRIPS = 12
 _LARGE = 512 << 10
 _OVERLAPPED = 1 << 20
-_ALONE_SECONDS = 0.5
+_ALONE_SECONDS = 0.25
+_TURNS = 5  # alone and together, one after the other: a machine is not the same from second to second
 _MOST_PAIRS = 28  # of eight devices; of more, the first ones stand for all
 _TAG = 0
+_CHANNELS, _GROUPS = 64, 32  # of the mixture that ranks compute at once
 
 Points = tuple[tuple[int, float], ...]
 
@@ -79,6 +81,9 @@ class _Rank:
         # Some tenths of a millisecond on a core: what a small band of a layer takes.
         self._x = torch.randn(1, width, 32, 32, device=device)
         self._kernel = torch.randn(width, width, 3, 3, device=device)
+        self._rows = torch.randn(1, _CHANNELS, 128, 128, device=device)
+        self._rows_kernel = torch.randn(_CHANNELS, _CHANNELS, 3, 3, device=device)
+        self._matrix = torch.randn(_CHANNELS, 4 * _CHANNELS, device=device)
 
     def compute(self) -> None:
         F.conv2d(self._x, self._kernel, padding=1)
@@ -144,22 +149,25 @@ class _Rank:
         return min(1.0, max(0.0, (sent + computed - at_once) / min(sent, computed)))
 
     def whole(self) -> float:
-        """Seconds of a mixture of kernels: two convolutions, and sums of tensors that no cache holds."""
-        big = torch.zeros(1 << 20, device=self._device)
-        x, kernel = (torch.randn(1, 128, 64, 64, device=self._device), torch.randn(128, 128, 3, 3, device=self._device))
-
-        def run() -> None:
-            F.conv2d(x, kernel, padding=1)
-            for _ in range(4):
-                big.add(big)
-            self.compute()
-
-        run()
+        """Seconds of a mixture of kernels as a network runs them, on tensors that a core's own cache does not hold."""
         start, num = time.perf_counter(), 0
         while time.perf_counter() - start < _ALONE_SECONDS:
-            run()
+            x = F.silu(F.group_norm(self._rows, _GROUPS)) + self._rows
+            x = F.conv2d(x, self._rows_kernel, padding=1)
+            x.flatten(2).transpose(1, 2) @ self._matrix
+            self._finish()
             num += 1
         return (time.perf_counter() - start) / num
+
+    def slower(self, num_ranks: int) -> float:
+        """By how much longer the first rank takes while the others compute; every rank must call it."""
+        found = []
+        for _ in range(_TURNS):
+            alone = self.whole() if self._transport.rank == 0 else 1.0
+            _from_all(None, num_ranks)  # nobody computes beside the first
+            found.append(self.whole() / alone)
+            _from_all(None, num_ranks)
+        return max(1.0, statistics.median(found))
 
 
 def _rank(backend: str, num_ranks: int, meeting: str, rank: int, limit: float) -> Company:
@@ -173,9 +181,7 @@ def _rank(backend: str, num_ranks: int, meeting: str, rank: int, limit: float) -
     assert dist.group.WORLD is not None
     transport = transport_of(dist.group.WORLD, device)
     own = _Rank(transport, device)
-    alone = own.whole() if rank == 0 else 0.0
-    _from_all(None, num_ranks)  # nobody computes beside the first
-    slower = max(1.0, own.whole() / alone) if rank == 0 else 1.0
+    slower = own.slower(num_ranks)
     pairs: dict[str, Points] = {}
     overlap = 0.0
     for pair in _pairs(num_ranks):

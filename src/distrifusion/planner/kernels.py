@@ -1,38 +1,26 @@
-"""How fast one rank of this machine computes: kernels by kind, and calls of a denoiser with random weights."""
+"""How fast one rank of this machine computes: kernels by kind, then made to agree with calls of a denoiser."""
 
 from __future__ import annotations
 
-import statistics
-import time
+import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import replace
+from itertools import product
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
-from distrifusion.denoiser import ParallelDenoiser
 from distrifusion.doctor.machine import cpu_model
-from distrifusion.errors import DistrifusionError
 from distrifusion.memory.free import node_memory
-from distrifusion.nested import map_tensors
-from distrifusion.plan import Plan
 from distrifusion.planner.blueprint import Blueprint
-from distrifusion.planner.calls import Arguments
 from distrifusion.planner.operations import Counting, LayerKind, Operations
-from distrifusion.planner.rehearsal import CallWork, SilentTransport, rehearse
+from distrifusion.planner.rank_calls import MeasuredCalls, measured_calls
 from distrifusion.planner.speeds import Speed
+from distrifusion.planner.turns import in_turns
 from distrifusion.runtime.devices import num_cores
 
 _BUDGET = 0.25  # seconds for each kind of kernel
-_CALLS_BUDGET = 1.0  # and for each size of calls of the denoiser
-# Calls are measured of which even a slow device makes one in some seconds: operations on a CPU, and on others.
-_MOST_WORK = {"cpu": 5e10, "cuda": 5e12}
-# Pixels, and whether both branches of guidance: the first two tell what kernels cost beside their work, the last one at
-# which rates they work.
-_SIZES = ((128, False), (256, False), (512, True))
-_DIVIDED = Plan.parse("patch2")
+_NOTHING = 1e-12  # of errors that differ by rounding
 
 
 def measure_speed(blueprint: Blueprint, device: torch.device, threads: int) -> Speed:
@@ -43,12 +31,13 @@ def measure_speed(blueprint: Blueprint, device: torch.device, threads: int) -> S
         # Not inference mode, in which composite kernels are not seen as what they are made of.
         with torch.no_grad():
             # First: what large tensors leave behind in the allocator makes calls faster than those of ranks are.
-            calls = _measured_calls(blueprint, device)
+            calls = measured_calls(blueprint, device)
             rates, bandwidth, launch = _kernels(device, blueprint.dtype)
             memory = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else node_memory().total
             places = max(1, num_cores() // threads) if device.type == "cpu" else 0
             speed = Speed(
-                name_of(device), rates, bandwidth, launch, launch, 0.0, 1.0, places, memory, "measured here"
+                name_of(device), rates, bandwidth, layer=launch, launch=launch, post=0.0, hand=0.0, divided=1.0,
+                convolved=1.0, host=0.0, places=places, memory=memory, source="measured here",
             )  # fmt: skip
             return _agreeing(speed, calls) if calls.whole else speed
     finally:
@@ -72,113 +61,64 @@ def _kernels(device: torch.device, dtype: torch.dtype) -> tuple[dict[LayerKind, 
     for kind, run in runs.items():
         with Counting() as counting:
             run()
-        rates[kind] = counting.operations.total / _median(run, device)
+        rates[kind] = counting.operations.total / _seconds(run, device)
     big, small = noise(4 << 20), noise(16)
-    bandwidth = 3 * big.nbytes / _median(lambda: big.add(big), device)
-    return rates, bandwidth, _median(lambda: small.add(1), device)
+    bandwidth = 3 * big.nbytes / _seconds(lambda: big.add(big), device)
+    return rates, bandwidth, _seconds(lambda: small.add(1), device)
 
 
-@dataclass
-class _MeasuredCalls:
-    """Work and seconds of calls of a denoiser with random weights.
-
-    Attributes:
-        whole: undivided calls, the smallest first; none where one would take too long, or too much memory.
-        divided: one of two ranks' part of a call, whose messages go nowhere; None where it cannot be divided so.
-    """
-
-    whole: list[tuple[Operations, float]] = field(default_factory=list)
-    divided: tuple[CallWork, float] | None = None
-
-
-def _measured_calls(blueprint: Blueprint, device: torch.device) -> _MeasuredCalls:
-    found, most = _MeasuredCalls(), _MOST_WORK[device.type]
-    one_row = replace(blueprint, guided=False)
-    calls = [(blueprint if both else one_row).arguments(pixels, pixels) for pixels, both in _SIZES]
-    known = [(given, work) for given in calls if (work := _work_of(blueprint.denoiser, given)).total <= most]
-    if not known or 2 * blueprint.weights > node_memory().free:
-        return found
-    empty = blueprint.denoiser
-    made: nn.Module = type(empty).from_config(empty.config)  # type: ignore[attr-defined]
-    model = made.to(device, blueprint.dtype).eval()
-    for given, work in known:
-        found.whole.append((work, _seconds(model, given, device)))
-    found.divided = _divided(blueprint, model, known[:2][-1][0], device)
-    return found
-
-
-def _divided(
-    blueprint: Blueprint, model: nn.Module, given: Arguments, device: torch.device
-) -> tuple[CallWork, float] | None:
-    try:
-        work = rehearse(blueprint.denoiser, _DIVIDED, given, 0).steady
-    except DistrifusionError:
-        return None
-    transport = SilentTransport(0, _DIVIDED.num_ranks, {})
-    denoiser = ParallelDenoiser(model, _DIVIDED, transport)
-    denoiser.attach()
-    try:
-        return work, _seconds(model, given, device, transport.begin)
-    finally:
-        denoiser.detach()
-
-
-def _agreeing(speed: Speed, calls: _MeasuredCalls) -> Speed:
+def _agreeing(speed: Speed, calls: MeasuredCalls) -> Speed:
     """The same device with rates and costs of kernels and posts by which calls take what they really take."""
     if len(calls.whole) > 1:
-        (small, short), (work, seconds) = calls.whole[:2]
-        # seconds = computing / factor + what kernels cost, twice.
-        more = speed.computing(work) - speed.computing(small)
-        factor = max(0.05, min(20.0, more / max(1e-9, seconds - short)))
-        others = short - speed.computing(small) / factor - small.others * speed.launch
-        layer = max(0.0, others / small.calls.total())
-        speed = replace(speed, layer=layer, source=f"{speed.source}, whole calls")
-        speed = _taking(speed, work, seconds)
-    if calls.divided is not None:
-        # What a divided call takes more than its kernels: cutting, putting together and naming what is exchanged.
-        work, seconds = calls.divided[0].operations, calls.divided[1]
-        speed = replace(speed, post=max(0.0, seconds - speed.seconds(work)) / max(1, len(calls.divided[0].posts)))
+        speed = _small_calls(speed, calls)
     return _taking(speed, *calls.whole[-1])
+
+
+def _small_calls(speed: Speed, calls: MeasuredCalls) -> Speed:
+    """A factor of the rates, and what a layer's kernel, a post and a stage's post cost, none of them below 0.
+
+    All together, by the least squares of relative errors: the layers of a call in pieces are many more, and what is said
+    of them too much would be missing in its posts.
+    """
+    whole = [(work, seconds, 0, 0) for work, seconds in calls.whole[:2]]
+    bands, stages = ([(call.work, call.seconds)] if call else [] for call in (calls.bands, calls.stages))
+    parts = [(work.operations, seconds, len(work.posts), 0) for work, seconds in bands]
+    parts += [(work.operations, seconds, 0, len(work.posts)) for work, seconds in stages]
+    rows, seconds = [], []
+    for work, took, posts, hands in (*whole, *parts):
+        rows.append([speed.computing(work) / took, work.calls.total() / took, posts / took, hands / took])
+        seconds.append((took - work.others * speed.launch) / took)
+    slower, layer, post, hand = _not_negative(torch.tensor(rows).double(), torch.tensor(seconds).double())
+    factor = 1 / max(0.05, min(20.0, slower))
+    rates = {kind: rate * factor for kind, rate in speed.rates.items()}
+    return replace(
+        speed, rates=rates, bandwidth=speed.bandwidth * factor, layer=layer, post=post, hand=hand,
+        source=f"{speed.source}, whole calls",
+    )  # fmt: skip
+
+
+def _not_negative(rows: torch.Tensor, wanted: torch.Tensor) -> list[float]:
+    """x >= 0 with the least |rows x - wanted|: of few unknowns, by trying which of them are 0."""
+    best, least = [0.0] * rows.shape[1], math.inf
+    for used in product((True, False), repeat=rows.shape[1]):
+        kept = [i for i, use in enumerate(used) if use and bool(rows[:, i].any())]
+        if not kept:
+            continue
+        found = torch.linalg.lstsq(rows[:, kept], wanted, driver="gelsd").solution
+        error = float((rows[:, kept] @ found - wanted).norm())
+        if bool((found >= 0).all()) and error < least - _NOTHING:
+            best, least = [0.0] * rows.shape[1], error
+            for i, value in zip(kept, found.tolist(), strict=True):
+                best[i] = value
+    return best
 
 
 def _taking(speed: Speed, work: Operations, seconds: float) -> Speed:
     return speed.made_to_take(seconds, work) if speed.launching(work) < seconds else speed
 
 
-def _work_of(model: nn.Module, given: Arguments) -> Operations:
-    with Counting() as counting:
-        model(**given)
-    return counting.operations
-
-
-def _seconds(
-    model: nn.Module, given: Arguments, device: torch.device, before: Callable[[], None] = lambda: None
-) -> float:
-    values = _with_values(given, device)
-
-    def call() -> None:
-        before()
-        model(**values)
-
-    return _median(call, device, _CALLS_BUDGET)
-
-
-def _with_values(value: Any, device: torch.device) -> Any:
-    return map_tensors(value, lambda x: torch.ones(x.shape, dtype=x.dtype, device=device))
-
-
-def _median(run: Callable[[], object], device: torch.device, budget: float | None = None) -> float:
-    """Median seconds of a run after one that warms up; at least three, and more while there is time."""
-    times: list[float] = []
-    start, budget = None, _BUDGET if budget is None else budget
-    while len(times) < 4 or (time.perf_counter() - (start or 0) < budget and len(times) < 200):
-        begin = time.perf_counter()
-        run()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - begin)
-        start = start or begin
-    return statistics.median(times[1:])
+def _seconds(run: Callable[[], object], device: torch.device) -> float:
+    return in_turns([run], device, _BUDGET)[0]
 
 
 def name_of(device: torch.device) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -48,6 +48,10 @@ class Link:
         (size, seconds), (larger, longer) = points[at - 1], points[at]
         return seconds + (longer - seconds) * (num_bytes - size) / (larger - size)
 
+    def seconds_under_way(self, num_bytes: int) -> float:
+        """Of a message that nobody waits for in this call: its latency passes while both ranks compute."""
+        return self.seconds(num_bytes) - self.latency
+
     @classmethod
     def from_dict(cls, row: Mapping[str, Any]) -> Self:
         """From JSON."""
@@ -86,10 +90,16 @@ class Links:
 
     def seconds(self, post: Post, rank: int) -> float:
         """How long messages of one rank take from their post to their arrival."""
-        ways = [self._seconds(way, rank) for way in (post.sent, post.received) if way]
-        return max(ways, default=0.0)
+        return self._longer_way(post, rank, Link.seconds)
 
-    def _seconds(self, way: Mapping[int, int], rank: int) -> float:
+    def seconds_under_way(self, post: Post, rank: int) -> float:
+        """The same of messages that nobody waits for in this call, so without latency."""
+        return self._longer_way(post, rank, Link.seconds_under_way)
+
+    def _longer_way(self, post: Post, rank: int, seconds: Callable[[Link, int], float]) -> float:
+        return max((self._one_way(way, rank, seconds) for way in (post.sent, post.received) if way), default=0.0)
+
+    def _one_way(self, way: Mapping[int, int], rank: int, seconds: Callable[[Link, int], float]) -> float:
         """Messages one way: by one link after the other, while the ways out of a machine carry at the same time."""
         node = rank // self.per_node
         near: dict[Link, int] = {}
@@ -98,8 +108,8 @@ class Links:
                 link = self.pairs.get(f"{min(rank, peer)}-{max(rank, peer)}", self.within)
                 near[link] = near.get(link, 0) + num_bytes
         far = sum(n for peer, n in way.items() if peer // self.per_node != node)
-        inside = sum(link.seconds(n) for link, n in near.items())
-        return max(inside, self.between.seconds(far) if far else 0.0)
+        inside = sum(seconds(link, n) for link, n in near.items())
+        return max(inside, seconds(self.between, far) if far else 0.0)
 
     @classmethod
     def from_dict(cls, row: Mapping[str, Any]) -> Self:

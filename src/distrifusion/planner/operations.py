@@ -58,6 +58,11 @@ class Operations:
         """All kernels."""
         return self.calls.total() + self.others
 
+    def share(self, num_parts: int) -> Operations:
+        """One part of as many equal ones: each has all kernels, and its part of what they do."""
+        flops = Counter({kind: n // num_parts for kind, n in self.flops.items()})
+        return Operations(flops, self.calls, self.moved // num_parts, self.others, self.peak)
+
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         return {

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, astuple, dataclass, replace
 from functools import partial
 from typing import Any
 
+from distrifusion.anatomy import anatomy_of
+from distrifusion.anatomy.tokens import TokenAnatomy
 from distrifusion.plan import Plan
 from distrifusion.planner.costs import Costs
 from distrifusion.planner.links import Links
+from distrifusion.planner.operations import Operations
 from distrifusion.planner.rehearsal import CallWork, Rehearsed
 from distrifusion.planner.speeds import Speed
 
@@ -148,13 +151,18 @@ def predict(
         outside: seconds of a picture outside the denoiser; None: those of encoding and decoding, as far as known.
     """
     work = costs.of(plan)
-    clock = partial(_time, rank=work.rank, plan=plan, speed=speed, links=links)
+    slower = _slower(costs, plan, speed)
+    clock = partial(_time, rank=work.rank, plan=plan, speed=speed, links=links, slower=slower)
     chain = _one_after_the_other(costs, plan, work)
     fresh = clock(chain or work.fresh)
     if chain is not None and plan.exact:
         steady = fresh
     else:
         steady = _mean([clock(_flowing(call, plan)) for call in work.cycle])
+        if plan.stages > 1:
+            # Hosts start kernels before a piece is there, each for its own stage.
+            ahead = partial(clock, speed=replace(speed, host=0.0))
+            steady = _as_long_as_a_piece_takes(steady, costs.whole(plan), work, plan, ahead)
     num_pieces, num_calls = plan.pieces or plan.stages, costs.blueprint.calls_per_step
     sent = sum(sum(post.sent.values()) for call in work.cycle for post in call.posts)
     return Prediction(
@@ -187,6 +195,21 @@ def _flowing(call: CallWork, plan: Plan) -> CallWork:
     return replace(call, posts=[replace(p, waited=False) for p in call.posts]) if plan.stages > 1 else call
 
 
+def _as_long_as_a_piece_takes(
+    steady: CallTime, whole: CallWork, work: Rehearsed, plan: Plan, clock: Callable[[CallWork], CallTime]
+) -> CallTime:
+    """A step of stages when the next one cannot begin with a piece before that piece has come through all of them.
+
+    With twice as many pieces as stages or more nobody waits for that; with as many, for what a piece needs between them.
+    """
+    num_pieces = plan.pieces or plan.stages
+    piece = clock(replace(whole, operations=whole.operations.share(num_pieces)))
+    coming = [replace(post, sent={}, waited=True) for post in work.steady.posts if post.num_bytes > 1 and post.received]
+    between = clock(CallWork(Operations(), posts=coming)).waiting / num_pieces
+    way = piece.total + plan.stages * between
+    return replace(steady, waiting=steady.waiting + max(0.0, way - steady.total))
+
+
 def _mean(times: Sequence[CallTime]) -> CallTime:
     return CallTime(*(sum(parts) / len(times) for parts in zip(*map(astuple, times), strict=True)))
 
@@ -195,12 +218,21 @@ def _several(time: CallTime, num_calls: int) -> CallTime:
     return CallTime(*(num_calls * part for part in astuple(time)))
 
 
-def _time(call: CallWork, rank: int, plan: Plan, speed: Speed, links: Links) -> CallTime:
+def _slower(costs: Costs, plan: Plan, speed: Speed) -> float:
+    """By how much longer a rank computes than its part of the work says; kernels of components are one device's."""
+    if plan.num_ranks == 1:
+        return 1.0
+    convolved = plan.components == 1 and not isinstance(anatomy_of(costs.blueprint.denoiser), TokenAnatomy)
+    return speed.divided * (speed.convolved if convolved else 1.0)
+
+
+def _time(call: CallWork, rank: int, plan: Plan, speed: Speed, links: Links, slower: float) -> CallTime:
     turns = speed.turns(plan.num_ranks)
-    computing = speed.computing(call.operations) * turns * (speed.divided if plan.num_ranks > 1 else 1.0)
-    launching = turns * (speed.launching(call.operations) + len(call.posts) * speed.post)
+    computing = speed.computing(call.operations) * turns * slower
+    launching = turns * (speed.launching(call.operations) + len(call.posts) * speed.a_post(plan))
+    launching = max(launching, turns * speed.starting(call.operations) - computing)
     waiting = sum(links.seconds(post, rank) for post in call.posts if post.waited)
-    under_way = sum(links.seconds(post, rank) for post in call.posts if not post.waited)
+    under_way = sum(links.seconds_under_way(post, rank) for post in call.posts if not post.waited)
     hidden = links.overlap * min(under_way, computing + launching)
     return CallTime(computing, launching, waiting, under_way - hidden)
 
@@ -208,7 +240,8 @@ def _time(call: CallWork, rank: int, plan: Plan, speed: Speed, links: Links) -> 
 def _outside(costs: Costs, plan: Plan, speed: Speed, links: Links) -> float:
     """Seconds of the prompt, which one rank encodes, and of the pictures, which all decode."""
     decoding = costs.decoding(plan)
-    decoded = 0.0 if decoding is None else _time(decoding, 0, plan, speed, links).total
+    slower = speed.divided * speed.convolved if plan.num_ranks > 1 else 1.0
+    decoded = 0.0 if decoding is None else _time(decoding, 0, plan, speed, links, slower).total
     return decoded + sum(speed.seconds(work) for work in costs.encoding())
 
 

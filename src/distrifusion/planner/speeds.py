@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Self
 
 from distrifusion.errors import ConfigError
+from distrifusion.plan import Plan
 from distrifusion.planner.operations import LayerKind, Operations
 
 
@@ -22,7 +23,12 @@ class Speed:
         layer: seconds that every kernel of a layer costs beside its operations: small bands are less efficient by it.
         launch: seconds that every other kernel costs beside its bytes.
         post: seconds of own work for every message or set of messages that leaves at once, beside their bytes.
-        divided: factor by which a divided call takes longer than its share of the work says.
+        hand: the same of a stage, which hands its pieces on as they are and cuts nothing.
+        divided: factor by which a rank computes slower while others compute beside it.
+        convolved: the same for networks with convolutions of which each rank has fewer rows: published figures of SDXL show
+            it, those of transformers do not.
+        host: seconds in which the host starts a kernel while the device works on others: a call takes that for each of its
+            kernels at least. 0 where calls are captured as graphs, or the host computes itself.
         places: ranks that compute at once on this machine; more take turns. 0 where each rank has a device.
         memory: bytes, 0 if not known.
         source: where the figures are from.
@@ -34,7 +40,10 @@ class Speed:
     layer: float
     launch: float
     post: float
+    hand: float
     divided: float
+    convolved: float
+    host: float
     places: int
     memory: int
     source: str
@@ -47,13 +56,21 @@ class Speed:
         """Seconds for the kernels' start."""
         return work.calls.total() * self.layer + work.others * self.launch
 
+    def starting(self, work: Operations) -> float:
+        """Seconds for the host to start the kernels, which pass while the device computes."""
+        return self.host * work.kernels
+
+    def a_post(self, plan: Plan) -> float:
+        """Seconds of own work for a post of a plan's denoiser calls."""
+        return self.hand if plan.stages > 1 else self.post
+
     def turns(self, num_ranks: int) -> float:
         """By how much longer ranks take that have to share places."""
         return max(1.0, num_ranks / self.places) if self.places else 1.0
 
     def seconds(self, work: Operations) -> float:
         """Seconds for an undivided call."""
-        return self.computing(work) + self.launching(work)
+        return max(self.computing(work) + self.launching(work), self.starting(work))
 
     def made_to_take(self, seconds: float, work: Operations) -> Speed:
         """The same device, faster or slower in all kinds alike, so that an undivided call takes so many seconds."""
@@ -73,33 +90,35 @@ class Speed:
         """From JSON; raises ConfigError on a value that cannot work."""
         try:
             rates = {kind: float(row["rates"][kind]) for kind in LayerKind}
-            names = ("bandwidth", "layer", "launch", "post", "divided")
-            bandwidth, layer, launch, post, divided = (float(row[name]) for name in names)
+            seconds = {name: float(row[name]) for name in ("layer", "launch", "post", "hand", "host")}
+            factors = {name: float(row[name]) for name in ("bandwidth", "divided", "convolved")}
             name, places, memory, source = str(row["name"]), int(row["places"]), int(row["memory"]), str(row["source"])
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"the speed of a device has no usable {error}; calibrate it again") from error
-        speed = cls(name, rates, bandwidth, layer, launch, post, divided, places, memory, source)
-        positive = [*rates.values(), speed.bandwidth, speed.divided]
-        costs = [speed.layer, speed.launch, speed.post, speed.places]
+        speed = cls(name=name, rates=rates, **seconds, **factors, places=places, memory=memory, source=source)
+        positive, costs = [*rates.values(), *factors.values()], [*seconds.values(), places]
         if min(positive) <= 0 or min(costs) < 0 or not all(map(math.isfinite, [*positive, *costs])):
             raise ConfigError(f"the speed of {speed.name} has a rate that is not above 0; calibrate it again")
         return speed
 
 
 _SHARE = "two thirds of the dense 16-bit rate for products, half for convolutions and attention"
-_FIT = "layer and divided fitted to half of the published rows of docs/scaling.md"
+_FIT = "layer and convolved fitted to half of the published rows of docs/scaling.md"
 
 
 def _gpu(
-    name: str, dense: float, bandwidth: float, gigabytes: int, source: str, layer: float = 15e-6, divided: float = 1.12
+    name: str, dense: float, bandwidth: float, gigabytes: int, source: str, layer: float = 15e-6, convolved: float = 1.12
 ) -> Speed:
-    """A GPU by its dense rate of 16-bit products, in operations per second."""
+    """A GPU by its dense rate of 16-bit products, in operations per second; calls are captured as graphs."""
     rates = {
         LayerKind.CONVOLUTION: dense / 2,
         LayerKind.LINEAR: dense * 2 / 3,
         LayerKind.ATTENTION: dense / 2,
     }
-    return Speed(name, rates, bandwidth, layer, 2e-6, 0.0, divided, 0, gigabytes * 10**9, f"{_SHARE}; {source}")
+    return Speed(
+        name, rates, bandwidth, layer=layer, launch=2e-6, post=0.0, hand=0.0, divided=1.0, convolved=convolved, host=0.0,
+        places=0, memory=gigabytes * 10**9, source=f"{_SHARE}; {source}",
+    )  # fmt: skip
 
 
 DEVICES: dict[str, Speed] = {

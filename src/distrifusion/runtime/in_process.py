@@ -23,7 +23,7 @@ from distrifusion.runtime.cancelling import Boundaries, OwnAgreement, StoreAgree
 from distrifusion.runtime.faults import typed
 from distrifusion.runtime.pipeline import EndedRun, LoadedPipeline, tensor_inputs
 from distrifusion.runtime.stepping import WatchedBars
-from distrifusion.runtime.timing import StepClock
+from distrifusion.runtime.timing import StepClock, timed_tensors
 from distrifusion.tracing import Tracer
 
 _pipelines = itertools.count()
@@ -152,12 +152,12 @@ def _followed(cls: type, arguments: Mapping[str, Any], clock: StepClock, boundar
     callback = arguments.get("callback_on_step_end")
 
     def step_ended(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> Any:
-        clock.step_ended(last=step + 1 == getattr(pipe, "num_timesteps", None))
+        clock.step_ended(step + 1 == getattr(pipe, "num_timesteps", None), tensors)
         answer = tensors if callback is None else callback(pipe, step, timestep, tensors)
         boundaries.step_ends(step)
         return answer
 
-    names = [] if callback is None else list(tensor_inputs(arguments))
+    names = list(timed_tensors(cls) if callback is None else tensor_inputs(arguments))
     return {"callback_on_step_end": step_ended, "callback_on_step_end_tensor_inputs": names}
 
 

@@ -142,7 +142,7 @@ class StepEnd:
     relayed: bool
 
     def __call__(self, pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any] | Any:
-        self.clock.step_ended(last=step + 1 == getattr(pipe, "num_timesteps", None))
+        self.clock.step_ended(step + 1 == getattr(pipe, "num_timesteps", None), tensors)
         answer = self._answer(step, timestep, tensors) if self.relayed else {}
         # Only now is the step over: an error in the exchange above belongs to it.
         self.boundaries.step_ends(step)

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+
+from distrifusion.exchange.arriving import complete
 
 
 @dataclass(frozen=True)
@@ -30,18 +34,29 @@ class RunTimes:
 
 @dataclass
 class StepClock:
-    """Takes the times of one call; on an accelerator it waits for the device at the first and the last step only."""
+    """Takes the times of one call.
+
+    At the first and the last step it waits for an accelerator, and for latents of which stages still have pieces: a
+    first stage is done with a step before the others are.
+    """
 
     device: torch.device
     start: float = field(default_factory=time.perf_counter)
     ends: list[float] = field(default_factory=list)
 
-    def step_ended(self, last: bool) -> None:
-        """Note the end of a step."""
-        if self.device.type == "cuda" and (last or not self.ends):
-            torch.cuda.synchronize(self.device)
+    def step_ended(self, last: bool, tensors: Mapping[str, Any]) -> None:
+        """Note the end of a step, whose latents are among the tensors if the pipeline shows them."""
+        if last or not self.ends:
+            complete(tensors.get("latents"))
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
         self.ends.append(time.perf_counter() - self.start)
 
     def times(self) -> RunTimes:
         """The times so far; now is the end of the call."""
         return RunTimes(tuple(self.ends), time.perf_counter() - self.start)
+
+
+def timed_tensors(cls: type) -> tuple[str, ...]:
+    """What a pipeline of this class is asked for after every step, so that the clock can wait for it."""
+    return tuple(name for name in ("latents",) if name in getattr(cls, "_callback_tensor_inputs", ()))

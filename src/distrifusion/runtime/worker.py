@@ -49,7 +49,7 @@ from distrifusion.runtime.operations import (
 )
 from distrifusion.runtime.source import PipelineFacts, facts_of, takes_step_callback
 from distrifusion.runtime.stepping import RelayedBar, StepEnd, WatchedBars
-from distrifusion.runtime.timing import StepClock
+from distrifusion.runtime.timing import StepClock, timed_tensors
 from distrifusion.runtime.wire import (
     Close,
     Failure,
@@ -174,7 +174,9 @@ class Worker:
         )
         return {
             "callback_on_step_end": step_end,
-            "callback_on_step_end_tensor_inputs": list(op.tensor_inputs or ()),
+            "callback_on_step_end_tensor_inputs": list(
+                timed_tensors(type(self.pipe)) if op.tensor_inputs is None else op.tensor_inputs
+            ),
         }
 
     def _get(self, op: Get, request: int, generators: Generators) -> Value | Method | Component:

@@ -69,24 +69,18 @@ def test_without_its_packages_it_says_what_to_install(folder: Path, monkeypatch:
 @pytest.mark.supports("server", "Ctrl-C and SIGTERM end the server and its ranks")
 def test_a_signal_ends_everything(folder: Path, tmp_path: Path) -> None:
     said = tmp_path / "said"
-    words = (
-        "--devices=2",
-        "--plan=patch2",
-        "--size=256x256",
-        "--steps=900",
-        "--port=0",
-        "--grace=0",
-        "--api-key=secret",
-    )
-    process = start("serve", folder, *words, said=said)
+    draws = ("--devices=2", "--plan=patch2", "--size=256x256", "--steps=900")
+    process = start("serve", folder, *draws, "--port=0", "--grace=0", "--api-key=secret", said=said)
     try:
         port = int(_found(r"at http://127\.0\.0\.1:(\d+); its routes: /docs", said, process))
         server = HTTPConnection("127.0.0.1", port, timeout=120)
         _until(lambda: _ask(server, "GET", "/ready")[0] == 200)
         assert _ask(server, "GET", "/v1/models")[0] == 401
         body = json.dumps({"prompt": "a", "stream": True})
-        server.request("POST", "/v1/images/generations", body, {"Authorization": "Bearer secret"})
+        headers = {"Authorization": "Bearer secret", "Content-Type": "application/json"}
+        server.request("POST", "/v1/images/generations", body, headers)
         events = server.getresponse()
+        assert events.status == 200, events.read()
         while re.search(rb'"step": [1-9]', line := events.readline()) is None:
             assert line, said.read_text()
         ranks = psutil.Process(process.pid).children(recursive=True)

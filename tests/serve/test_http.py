@@ -58,7 +58,7 @@ def test_a_seed_is_made_and_told(api: FastAPI) -> None:
     [
         (b"{", "invalid_json", None, "the body is not JSON"),
         (None, "missing_field", None, "the body is missing"),
-        ([], "invalid_value", None, "the body"),
+        ([], "invalid_value", None, "the body must be a JSON object"),
         ({}, "missing_field", "prompt", "prompt is missing"),
         ({"prompt": ""}, "invalid_value", "prompt", "at least 1 character"),
         ({"prompt": ["a"]}, "invalid_value", "prompt", "prompt=['a']: should be a valid string"),
@@ -101,6 +101,8 @@ def test_other_refusals(api: FastAPI) -> None:
         assert large.status == 413 and large.error["code"] == "too_large"
         announced = await ask(api, *DRAW, b"{}", {"content-length": str(1 << 40)})
         assert announced.status == 413
+        form = await ask(api, *DRAW, {"prompt": "a"}, {"content-type": "application/x-www-form-urlencoded"})
+        assert form.status == 400 and "Content-Type: application/json" in form.error["message"]
         bad = await ask(api, *DRAW, {"prompt": "a"}, {"X-Request-Id": "a b"})
         assert bad.status == 400 and bad.error["param"] == "x-request-id"
 

@@ -97,6 +97,9 @@ def _of_field(error: Mapping[str, Any], fields: Sequence[str]) -> Fault:
             return Fault(400, "missing_field", 'the body is missing; send JSON, such as {"prompt": "a lake"}')
         case "missing":
             return Fault(400, "missing_field", f"{name} is missing, and is needed", param=name)
+        case "model_attributes_type" if name is None:
+            what = "the body must be a JSON object, sent with 'Content-Type: application/json'"
+            return Fault(400, "invalid_value", what)
         case "extra_forbidden":
             near = difflib.get_close_matches(where[-1], fields, n=1)
             hint = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(fields)}"
@@ -106,7 +109,7 @@ def _of_field(error: Mapping[str, Any], fields: Sequence[str]) -> Fault:
         case _:
             what, said = error["msg"].removeprefix("Input "), f"={_shown(error['input'])}"
     if name is None:
-        return Fault(400, "invalid_value", f"the body{said} {what}" if said else what, param=_param(what))
+        return Fault(400, "invalid_value", what, param=_param(what))
     return Fault(400, "invalid_value", what if what.startswith(name) else f"{name}{said}: {what}", param=name)
 
 

@@ -59,7 +59,7 @@ def _quality(lines: Sequence[dict[str, Any]], colors: dict[str, str], path: Path
             ylabel=f"PSNR to plain diffusers, dB ({_MOST_DB:.0f}: equal)",
             ylim=(0, _MOST_DB + 5),
         )
-        axes.set_xlim(0, None)
+        axes.set_xlim(0, 1.05 * max(line["per_picture"] for line in own))
 
     compared = [line for line in lines if line["psnr_db"] is not None and line["case"] != CEILING]
     sizes = {line["size"] for line in compared}

@@ -63,8 +63,8 @@ def choices(points: Sequence[Point]) -> list[tuple[str, str, float, str, float]]
     """For each model and size: the plan predicted to be fastest, and the one measured to be faster than it by most.
 
     With both: by how much the chosen plan is slower, by the medians of all runs, and by the median over turns of the
-    ratio within a turn, which a machine that changes from turn to turn leaves as it is. Runs of rows of one plan are put
-    together: they differ by chance alone.
+    ratio within a turn, which a machine that changes from turn to turn leaves as it is. Runs of rows of one plan are
+    put together: they differ by chance alone.
     """
     found = []
     for model, size in dict.fromkeys((p.model, p.size) for p in points):

@@ -1,7 +1,7 @@
 """Published figures that the cost model is checked with, and the networks they were measured on, without weights.
 
 Sources: DistriFusion (arXiv 2402.19481): SDXL, 50 DDIM steps, A100 with NVLink. An independent measurement of it on
-four A100. PipeFusion (arXiv 2405.14430, and the data of its plots in github.com/xdit-project/xDiT, legacy/scripts/plots):
+four A100. PipeFusion (arXiv 2405.14430, and the data of its plots in legacy/scripts/plots of xdit-project/xDiT):
 PixArt-alpha, 20 steps. AsyncDiff (arXiv 2406.06911): SDXL, 50 steps, A5000.
 """
 
@@ -81,8 +81,8 @@ class Row:
 
 
 _PIXART_ALONE = {1024: 2.085, 2048: 16.22, 4096: 183.6}
-# Numbers of pieces, of which PipeFusion's authors publish the fastest; they tried 16 and 32 too. With fewer than stages some
-# of these are idle.
+# Numbers of pieces, of which PipeFusion's authors publish the fastest; they tried 16 and 32 too. With fewer than stages
+# some of these are idle.
 _SEARCHED = (2, 4, 8)
 
 
@@ -107,7 +107,7 @@ def _async(num: int, profile: str, seconds: float) -> Row:
 
 
 # First the rows of the page from its beginning: every second one of the two tables of SDXL was fitted on, and two of
-# PixArt in bands. Then the two plots of PipeFusion's authors in their order, every second row of what was not there yet.
+# PixArt in bands. Then two plots of PipeFusion's authors in their order, every second row of what was not there yet.
 # Nothing in components is fitted on. What is published of them with stride 2 is another method than ours, and left out.
 ROWS = (
     _sdxl(1024, "cfg2", 5.02, 3.35, True),

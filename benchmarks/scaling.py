@@ -138,7 +138,8 @@ def constants_table(shelf: Shelf) -> list[str]:
         for fitted, use in ((True, "fitted"), (False, "held out")):
             if rows := [row for row in ROWS if row.kind == kind and row.fitted == fitted]:
                 worst, middle = spread(rows, held, shelf)
-                lines.append(f"| {use}, {words}: {len(rows)} rows, off by at most | | {worst:.0%}, median {middle:.0%} |")
+                off = f"{worst:.0%}, median {middle:.0%}"
+                lines.append(f"| {use}, {words}: {len(rows)} rows, off by at most | | {off} |")
     return lines
 
 

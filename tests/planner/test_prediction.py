@@ -134,9 +134,7 @@ def test_latency_passes_where_nobody_waits() -> None:
 def test_a_step_of_stages_takes_as_long_as_a_piece_needs_to_come_through_all() -> None:
     own = _flux_costs()
     alone = predict(own, Plan(), SPEED, FAST, STEPS).steady
-    one, two, many = (
-        predict(own, Plan.parse(f"pipe2.m{num}.w0"), SPEED, FAST, STEPS).steady for num in (1, 2, 4)
-    )
+    one, two, many = (predict(own, Plan.parse(f"pipe2.m{num}.w0"), SPEED, FAST, STEPS).steady for num in (1, 2, 4))
     # One piece in two stages: one of them is idle. With pieces for all, the busiest stage is what a step takes.
     assert one.total == pytest.approx(alone.total, rel=0.05)
     assert two.computing < one.total and many.waiting == 0.0
@@ -159,6 +157,7 @@ def test_fewer_rows_for_convolutions_cost_networks_that_have_them() -> None:
     flux_costs = _flux_costs()
     for own, text, factor in (
         (COSTS, "patch2", 1.5), (COSTS, "cfg2", 1.5), (COSTS, "async2", 1.0), (COSTS, "patch1", 1.0),
+        (COSTS, "cfg2.async2", 1.5),
         (flux_costs, "patch2", 1.0), (flux_costs, "pipe2.m4.w0", 1.0),
     ):  # fmt: skip
         plain, more = (predict(own, Plan.parse(text), speed, FAST, STEPS).steady for speed in (SPEED, slower))

@@ -77,8 +77,8 @@ def _agreeing(speed: Speed, calls: MeasuredCalls) -> Speed:
 def _small_calls(speed: Speed, calls: MeasuredCalls) -> Speed:
     """A factor of the rates, and what a layer's kernel, a post and a stage's post cost, none of them below 0.
 
-    All together, by the least squares of relative errors: the layers of a call in pieces are many more, and what is said
-    of them too much would be missing in its posts.
+    All together, by the least squares of relative errors: the layers of a call in pieces are many more, and what is
+    said of them too much would be missing in its posts.
     """
     whole = [(work, seconds, 0, 0) for work, seconds in calls.whole[:2]]
     bands, stages = ([(call.work, call.seconds)] if call else [] for call in (calls.bands, calls.stages))

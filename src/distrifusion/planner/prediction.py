@@ -200,7 +200,7 @@ def _as_long_as_a_piece_takes(
 ) -> CallTime:
     """A step of stages when the next one cannot begin with a piece before that piece has come through all of them.
 
-    With twice as many pieces as stages or more nobody waits for that; with as many, for what a piece needs between them.
+    With twice as many pieces as stages or more nobody waits for that; with as many, for what a piece needs between.
     """
     num_pieces = plan.pieces or plan.stages
     piece = clock(replace(whole, operations=whole.operations.share(num_pieces)))
@@ -219,10 +219,10 @@ def _several(time: CallTime, num_calls: int) -> CallTime:
 
 
 def _slower(costs: Costs, plan: Plan, speed: Speed) -> float:
-    """By how much longer a rank computes than its part of the work says; kernels of components are one device's."""
+    """By how much longer a rank computes than its part says; kernels of components alone are as large as one's."""
     if plan.num_ranks == 1:
         return 1.0
-    convolved = plan.components == 1 and not isinstance(anatomy_of(costs.blueprint.denoiser), TokenAnatomy)
+    convolved = plan.components < plan.num_ranks and not isinstance(anatomy_of(costs.blueprint.denoiser), TokenAnatomy)
     return speed.divided * (speed.convolved if convolved else 1.0)
 
 

@@ -25,10 +25,10 @@ class Speed:
         post: seconds of own work for every message or set of messages that leaves at once, beside their bytes.
         hand: the same of a stage, which hands its pieces on as they are and cuts nothing.
         divided: factor by which a rank computes slower while others compute beside it.
-        convolved: the same for networks with convolutions of which each rank has fewer rows: published figures of SDXL show
-            it, those of transformers do not.
-        host: seconds in which the host starts a kernel while the device works on others: a call takes that for each of its
-            kernels at least. 0 where calls are captured as graphs, or the host computes itself.
+        convolved: the same for networks with convolutions of which each rank has fewer rows: published figures of SDXL
+            show it, those of transformers do not.
+        host: seconds in which the host starts a kernel while the device works on others: a call takes that for each of
+            its kernels at least. 0 where calls are captured as graphs, or the host computes itself.
         places: ranks that compute at once on this machine; more take turns. 0 where each rank has a device.
         memory: bytes, 0 if not known.
         source: where the figures are from.
@@ -107,7 +107,13 @@ _FIT = "layer and convolved fitted to half of the published rows of docs/scaling
 
 
 def _gpu(
-    name: str, dense: float, bandwidth: float, gigabytes: int, source: str, layer: float = 15e-6, convolved: float = 1.12
+    name: str,
+    dense: float,
+    bandwidth: float,
+    gigabytes: int,
+    source: str,
+    layer: float = 14e-6,
+    convolved: float = 1.13,
 ) -> Speed:
     """A GPU by its dense rate of 16-bit products, in operations per second; calls are captured as graphs."""
     rates = {
@@ -116,8 +122,8 @@ def _gpu(
         LayerKind.ATTENTION: dense / 2,
     }
     return Speed(
-        name, rates, bandwidth, layer=layer, launch=2e-6, post=0.0, hand=0.0, divided=1.0, convolved=convolved, host=0.0,
-        places=0, memory=gigabytes * 10**9, source=f"{_SHARE}; {source}",
+        name, rates, bandwidth, layer=layer, launch=2e-6, post=0.0, hand=0.0, divided=1.0, convolved=convolved,
+        host=0.0, places=0, memory=gigabytes * 10**9, source=f"{_SHARE}; {source}",
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Seconds of several things on one device, each run once in every turn, so that what else goes on falls on all alike."""
+"""Seconds of several things on one device, each run once in every turn: what else goes on falls on all alike."""
 
 from __future__ import annotations
 

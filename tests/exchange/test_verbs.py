@@ -49,8 +49,8 @@ def run_calls(calls: Sequence[Call], stale: frozenset[SiteKind] = ALL_KINDS, war
 
 def share(exchange: Exchange, call: int, site: str) -> tuple[list[float], list[float] | None]:
     """What a norm at `site` gets: everybody's values, and the own one that the others still use."""
-    stacked, previous = exchange.share(site, SiteKind.NORM, small(exchange.transport.rank, call, site)).wait()
-    return stacked.flatten().tolist(), previous if previous is None else previous.tolist()
+    everybody, previous = exchange.share(site, SiteKind.NORM, small(exchange.transport.rank, call, site)).wait()
+    return torch.cat(everybody).tolist(), previous if previous is None else previous.tolist()
 
 
 def gather(exchange: Exchange, call: int, site: str) -> list[float]:
@@ -185,10 +185,10 @@ def test_one_rank_alone_gets_its_own_values() -> None:
         exchange = Exchange(transport)
         exchange.begin(CallPolicy((0,), 0))
         (piece,) = exchange.gather("a", SiteKind.KV, (torch.ones(1, 2, 1),), (2,)).wait()
-        stacked, previous = exchange.share("b", SiteKind.NORM, torch.ones(1)).wait()
+        everybody, previous = exchange.share("b", SiteKind.NORM, torch.ones(1)).wait()
         exchange.end()
         assert previous is None
-        return [*piece.flatten().tolist(), *stacked.flatten().tolist()], sum(exchange.bytes_sent.values())
+        return [*piece.flatten().tolist(), *torch.cat(everybody).tolist()], sum(exchange.bytes_sent.values())
 
     assert VirtualWorld(1).run(work) == [([1.0, 1.0, 1.0], 0)]
 

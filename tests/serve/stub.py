@@ -37,7 +37,7 @@ class StubPipeline(LoadedPipeline):
     def _step(self) -> int | None:
         return self._at
 
-    def _run(self, number: int, arguments: dict[str, Any], traced: bool) -> EndedRun:
+    def _run(self, number: int, arguments: dict[str, Any], traced: bool, weighed: bool) -> EndedRun:
         self.drawn.append(arguments["prompt"])
         steps = arguments["num_inference_steps"]
         for step in range(steps):
@@ -54,7 +54,7 @@ class StubPipeline(LoadedPipeline):
         size = (arguments.get("width", 64), arguments.get("height", 64))
         pictures = [Image.new("RGB", size, (seed % 256, 0, 0)) for seed in seeds]
         times = RunTimes(tuple(0.5 * (step + 1) for step in range(steps)), 0.5 * steps)
-        return EndedRun(_Output(pictures), times, [])
+        return EndedRun(_Output(pictures), times, [], [])
 
     def _leave_if_cancelled(self, number: int) -> None:
         if number in self._stopped:

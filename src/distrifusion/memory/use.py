@@ -114,14 +114,15 @@ class _Pages:
 def _mappings() -> Iterator[tuple[str, dict[str, int]]]:
     """The name of what is mapped, and bytes by name, of every mapping."""
     name, sizes = "", dict[str, int]()
-    for line in (_PROCESS / "smaps").read_text().splitlines():
-        words = line.split(maxsplit=5)
-        if words[0].endswith(":"):
-            if words[-1] == "kB":
-                sizes[words[0][:-1]] = int(words[1]) * 1024
-            continue
-        if sizes:
-            yield name, sizes
-        name, sizes = words[5] if len(words) > 5 else "", {}
+    with (_PROCESS / "smaps").open() as lines:  # by lines: all together are megabytes, which would be weighed too
+        for line in lines:
+            words = line.split(maxsplit=5)
+            if words[0].endswith(":"):
+                if words[-1] in ("kB", "kB\n"):
+                    sizes[words[0][:-1]] = int(words[1]) * 1024
+                continue
+            if sizes:
+                yield name, sizes
+            name, sizes = words[5].rstrip("\n") if len(words) > 5 else "", {}
     if sizes:
         yield name, sizes

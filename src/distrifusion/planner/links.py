@@ -139,7 +139,7 @@ class Links:
         return asdict(self)
 
 
-_OVERLAP = 0.12
+_OVERLAP = 0.33
 _FITTED = "latency, bandwidth and overlap fitted to half of the published rows of docs/scaling.md"
 _INFINIBAND_200 = Link(10e-6, 20e9)
 _INFINIBAND_400 = Link(10e-6, 40e9)
@@ -147,9 +147,9 @@ _ETHERNET_25 = Link(40e-6, 2.8e9)
 PROFILES: dict[str, Links] = {
     links.name: links
     for links in (
-        Links("nvlink-a100", Link(19e-6, 177e9), _INFINIBAND_200, 8, _OVERLAP, f"{_FITTED}; 200 Gbit/s a GPU between"),
-        Links("nvlink-h100", Link(19e-6, 266e9), _INFINIBAND_400, 8, _OVERLAP, "A100's, by the ratio of nominal rates"),
-        Links("pcie4", Link(19e-6, 10.5e9), _ETHERNET_25, 8, _OVERLAP, _FITTED),
+        Links("nvlink-a100", Link(15e-6, 93e9), _INFINIBAND_200, 8, _OVERLAP, f"{_FITTED}; 200 Gbit/s a GPU between"),
+        Links("nvlink-h100", Link(15e-6, 140e9), _INFINIBAND_400, 8, _OVERLAP, "A100's, by the ratio of nominal rates"),
+        Links("pcie4", Link(15e-6, 8.46e9), _ETHERNET_25, 8, _OVERLAP, _FITTED),
         Links("ethernet-25g", _ETHERNET_25, _ETHERNET_25, 1, _OVERLAP, "nominal rate less a tenth; one GPU a machine"),
     )
 }

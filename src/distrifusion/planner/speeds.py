@@ -112,8 +112,8 @@ def _gpu(
     bandwidth: float,
     gigabytes: int,
     source: str,
-    layer: float = 14e-6,
-    convolved: float = 1.13,
+    layer: float = 13e-6,
+    convolved: float = 1.11,
 ) -> Speed:
     """A GPU by its dense rate of 16-bit products, in operations per second; calls are captured as graphs."""
     rates = {

@@ -47,8 +47,9 @@ async def _progress(engine: Engine, following: Following) -> AsyncIterator[str]:
     said, at = None, time.monotonic()
     while not await following.settle(0 if said is None else _LOOK):
         ahead, step = engine.ahead(job), engine.step(job)
-        if (ahead, step) != said and (ahead or step is not None or said is None):
-            if ahead or step is None:
+        if said is None or ((ahead, step) != said and (ahead or step is not None)):
+            if said is None or ahead or step is None:  # the first event tells the request's id, also if nobody waits
+                step = None
                 yield _event("image_generation.queued", {"id": job.id, "ahead": ahead})
             else:
                 yield _event("image_generation.progress", {"id": job.id, "step": step, "of": of})

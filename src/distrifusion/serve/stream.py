@@ -44,16 +44,18 @@ async def events(
 async def _progress(engine: Engine, following: Following) -> AsyncIterator[str]:
     job = following.job
     of = job.order.arguments.get("num_inference_steps")
-    said, at = None, time.monotonic()
+    said: tuple[int, int | None] | None = None
+    at = time.monotonic()
     while not await following.settle(0 if said is None else _LOOK):
         ahead, step = engine.ahead(job), engine.step(job)
         if said is None or ((ahead, step) != said and (ahead or step is not None)):
             if said is None or ahead or step is None:  # the first event tells the request's id, also if nobody waits
-                step = None
+                said = ahead, None
                 yield _event("image_generation.queued", {"id": job.id, "ahead": ahead})
             else:
+                said = ahead, step
                 yield _event("image_generation.progress", {"id": job.id, "step": step, "of": of})
-            said, at = (ahead, step), time.monotonic()
+            at = time.monotonic()
         elif time.monotonic() - at > _SILENCE:
             yield ": still here\n\n"
             at = time.monotonic()

@@ -8,7 +8,7 @@ time of a plan's call over half of the mean of the full calls before and after i
 computes: median and quartiles. What a plan lets travel has a full call's time on top here; waits for it do not show.
 
 A full call of 8x8 latents is timed too. Weights are read there, brought into the layout that kernels compute in, and
-Python runs, as in any call: no band has less of it. So half of a full call is not what a band can reach.
+Python runs, as in any call: no band has less of it, so half of a full call leaves half of that out.
 """
 
 from __future__ import annotations

@@ -16,14 +16,16 @@ from distrifusion.memory.use import MemoryUse, weighing
 
 CPU = torch.device("cpu")
 MIB = 2**20
-SIZE = 64 * MIB  # pages of its own: the C library gives such a block back at once
+SIZE = 64 * MIB
 NOISE = 16 * MIB  # of a process that has run other tests
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="the counters are Linux's")
 
 
 def fill(size: int = SIZE) -> torch.Tensor:
-    return torch.ones(size, dtype=torch.uint8)
+    """Pages mapped for it alone: the system has them back when the tensor is gone, whatever the C library keeps."""
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=torch.uint8).fill_(1)
 
 
 @linux

@@ -42,6 +42,7 @@ from distrifusion.exchange.meeting import transport_of
 from distrifusion.exchange.transport import ProcessGroupTransport, Transport
 from distrifusion.in_place import SingleTransport
 from distrifusion.layout.partition import partition_levels
+from distrifusion.tape import TapeBackend
 
 # Batch 1 is a picture without guidance, batch 2 one with both branches in the batch.
 PLANS = {
@@ -57,6 +58,7 @@ PLANS = {
     ),
     2: ("cfg2", "patch{n}", "patch{n}.displaced.w4"),
 }
+REPLAYED = " +graphs"  # of a row: calls are captured, and replayed from the third one of a kind on
 
 
 def sdxl_shaped_unet() -> UNet2DConditionModel:
@@ -103,11 +105,19 @@ def run(unet: UNet2DConditionModel, arguments: dict[str, Any], steps: int, begin
     return seconds
 
 
+def plan_of(text: str) -> Plan:
+    """The plan of a row, which may be replayed."""
+    return Plan.parse(text.removesuffix(REPLAYED))
+
+
 def run_plan(
-    unet: UNet2DConditionModel, plan: Plan, transport: Transport, arguments: dict[str, Any], steps: int
+    unet: UNet2DConditionModel, text: str, transport: Transport, arguments: dict[str, Any], steps: int
 ) -> dict[str, Any]:
     """A whole run of a plan: its steps, and bytes and messages of its last call."""
+    plan = plan_of(text)
     denoiser = ParallelDenoiser(unet, plan, transport)
+    if text.endswith(REPLAYED):
+        denoiser.capture_by(TapeBackend())
     denoiser.attach()
     denoiser.open("benchmark")
 
@@ -159,9 +169,12 @@ def expected_bytes(unet: UNet2DConditionModel, plan: Plan, rank: int, batch: int
 
 def plans_of(options: argparse.Namespace) -> dict[int, list[str]]:
     """The plans to run, by batch size."""
+    plans = {batch: [text.format(n=options.ranks) for text in texts] for batch, texts in PLANS.items()}
     if options.plans:
-        return {options.batch: options.plans.split(",")}
-    return {batch: [text.format(n=options.ranks) for text in texts] for batch, texts in PLANS.items()}
+        plans = {options.batch: options.plans.split(",")}
+    if options.graphs:
+        plans = {batch: [row for text in texts for row in (text, text + REPLAYED)] for batch, texts in plans.items()}
+    return plans
 
 
 def join(rank: int, port: int, world_size: int, options: argparse.Namespace) -> Transport:
@@ -199,13 +212,12 @@ def time_rank(rank: int, options: argparse.Namespace, port: int, path: Path) -> 
             rows.append({"repetition": repetition, "batch": batch, "plan": "alone", "seconds": alone})
             rows.append({"repetition": repetition, "batch": batch, "plan": "together", "seconds": together})
             for text in plans:
-                plan = Plan.parse(text)
-                single = plan.num_ranks == 1
+                single = plan_of(text).num_ranks == 1
                 dist.barrier()
                 if not single:
-                    row = run_plan(unet, plan, transport, arguments, options.steps)
+                    row = run_plan(unet, text, transport, arguments, options.steps)
                 elif rank == 0:
-                    row = run_plan(unet, plan, SingleTransport(), arguments, options.reference_steps)
+                    row = run_plan(unet, text, SingleTransport(), arguments, options.reference_steps)
                 else:
                     continue
                 rows.append({"repetition": repetition, "batch": batch, "plan": text, **row})
@@ -217,14 +229,14 @@ def time_rank(rank: int, options: argparse.Namespace, port: int, path: Path) -> 
 @torch.no_grad()
 def weigh_rank(rank: int, options: argparse.Namespace, port: int, path: Path, text: str | None, batch: int) -> None:
     """Write the peak of a new process's memory: before any call, and after some of a plan (None: of one device)."""
-    world_size = Plan.parse(text).num_ranks if text else 1
+    world_size = plan_of(text).num_ranks if text else 1
     transport = join(rank, port, world_size, options) if world_size > 1 else SingleTransport()
     unet, arguments = sdxl_shaped_unet(), inputs(batch, options.size)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     if text is None:
         run(unet, arguments, 2, lambda: None)
     else:
-        run_plan(unet, Plan.parse(text.replace(".w4", ".w0")), transport, arguments, 3)
+        run_plan(unet, text.replace(".w4", ".w0"), transport, arguments, 3)
     after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     path.with_suffix(f".{rank}").write_text(json.dumps([before * 1024, after * 1024]))
 
@@ -234,7 +246,7 @@ def weigh(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     rows = []
     for batch, plans in plans_of(options).items():
         for text in [None, *plans]:
-            path, size = folder / "weight", Plan.parse(text).num_ranks if text else 1
+            path, size = folder / "weight", plan_of(text).num_ranks if text else 1
             mp.spawn(weigh_rank, args=(options, free_port(), path, text, batch), nprocs=size)
             peaks = [json.loads(path.with_suffix(f".{rank}").read_text()) for rank in range(size)]
             rows.append({"batch": batch, "plan": text or "alone", "rest_bytes": peaks[0][0], "peak_bytes": peaks[0][1]})
@@ -253,7 +265,7 @@ def speedups(rows: list[dict[str, Any]], batch: int, text: str, ranks: int, step
         if text == "together":
             found.append((ranks * step / statistics.median(own[text]), ranks * sum(own["alone"]) / sum(own[text])))
             continue
-        plan = Plan.parse(text)
+        plan = plan_of(text)
         past = own[text][plan.num_synchronous :] if not plan.exact else own[text]
         # Where components run in every second call, a rank's steps are long and short by turns.
         past = [statistics.mean(turn) for turn in zip(*[iter(past)] * plan.stride, strict=False)]
@@ -279,7 +291,7 @@ def report(rows: list[dict[str, Any]], weights: list[dict[str, Any]], options: a
                 cells += [span([own[i] for own in found], "x"), span(shares[i])]
             cells += [str(last.get("posts", "")), f"{peak[0] / 1e6:.0f}" if peak else ""]
             print(f"| {' | '.join(cells)} |")
-            if text != "together" and Plan.parse(text).patch > 1:
+            if text != "together" and plan_of(text).patch > 1:
                 traffic.append((batch, text, last["bytes_sent"], last["bytes_expected"]))
     for row in weights:
         if row["plan"] == "alone":
@@ -325,6 +337,7 @@ def main() -> None:
     parser.add_argument("--transport", choices=("best", "sockets"), default="best", help="sockets: messages of gloo")
     parser.add_argument("--out", type=Path, default=Path("speed.json"))
     parser.add_argument("--link", help="rate of the network between two ranks, such as 100mbit; needs root and tc")
+    parser.add_argument("--graphs", action="store_true", help="every plan again with its calls captured and replayed")
     parser.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
     options = parser.parse_args()
     if options.link and options.ranks != 2:

@@ -3,9 +3,10 @@
     python benchmarks/turns.py --plans patch2.displaced.all.w4 --calls 30
 
 Two ranks of one thread, the model of speed.py. Each turn is a full call in both processes at once, then a call of every
-plan, then one over a transport that carries nothing; every rank waits for the other before each of them. Printed is the
-time of a plan's call over half of the mean of the full calls before and after it, by the clock and of the thread that
-computes: median and quartiles. What a plan lets travel has a full call's time on top here; waits for it do not show.
+plan, one of it replayed from a tape, and one over a transport that carries nothing; every rank waits for the other
+before each of them. Printed is the time of a plan's call over half of the mean of the full calls before and after it,
+by the clock and of the thread that computes: median and quartiles. What a plan lets travel has a full call's time on
+top here; waits for it do not show.
 
 A full call of 8x8 latents is timed too. Weights are read there, brought into the layout that kernels compute in, and
 Python runs, as in any call: no band has less of it, so half of a full call leaves half of that out.
@@ -27,9 +28,10 @@ from speed import free_port, inputs, join, sdxl_shaped_unet
 
 from distrifusion import Plan
 from distrifusion.denoiser import ParallelDenoiser
+from distrifusion.tape import TapeBackend
 
 _SMALL = 8  # rows and columns of latents that cost next to nothing themselves
-_BEFORE = 6  # turns that do not count: the warm-up, and the first stale call
+_BEFORE = 8  # turns that do not count: the warm-up, the first stale calls, one of which is captured
 _CLOCKS = {"clock": time.perf_counter, "thread": time.thread_time}
 Turn = dict[str, dict[str, float]]
 
@@ -41,12 +43,14 @@ def time_rank(rank: int, options: argparse.Namespace, port: int) -> None:
     plain, arguments, small, turns = sdxl_shaped_unet(), inputs(1, options.size), inputs(1, _SMALL), []
     parts: dict[str, ParallelDenoiser] = {}
     for text in options.plans.split(","):
-        for name in (text, f"{text}, nothing carried"):
+        for name in (text, f"{text}, replayed", f"{text}, nothing carried"):
             parts[name] = ParallelDenoiser(sdxl_shaped_unet(), Plan.parse(text), transport)
+            if name.endswith("replayed"):
+                parts[name].capture_by(TapeBackend())
             parts[name].attach()
             parts[name].open("benchmark")
     for turn in range(_BEFORE + options.calls):
-        timestep = 500 - turn
+        timestep = torch.tensor(500 - turn)  # a plain number that changes is never captured
         times: Turn = {"full": timed(plain, arguments, timestep), "small": timed(plain, small, timestep)}
         for name, denoiser in parts.items():
             if turn == _BEFORE and name.endswith("nothing carried"):
@@ -61,7 +65,7 @@ def time_rank(rank: int, options: argparse.Namespace, port: int) -> None:
     dist.destroy_process_group()
 
 
-def timed(model: Any, arguments: dict[str, Any], timestep: int) -> dict[str, float]:
+def timed(model: Any, arguments: dict[str, Any], timestep: torch.Tensor) -> dict[str, float]:
     """Seconds of one call by every clock, begun by both ranks together."""
     dist.barrier()
     before = {name: clock() for name, clock in _CLOCKS.items()}

@@ -1,10 +1,10 @@
-"""A denoiser's calls as graphs of device work: captured once for each kind of call of a request, then replayed.
+"""A denoiser's calls captured once for each kind of call of a request, then replayed: CUDA graphs, or on CPU a tape.
 
-Replaying asks nothing of Python: no layer's code, no launch of a kernel or of a message by the host. In return every
-tensor must stay where it is, and nothing that the host decides may differ. So what was captured is replayed for a call
-with the same kinds of arguments, the same plain values among them, in the same phase of the plan, that reads the same
-one of each pair of kept buffers. What differs otherwise (latents, timesteps, the weight of a forecast) is copied into
-the captured tensors before. All graphs end with their request, so a run sees the model as it is at its start.
+Replaying runs no layer's code; on CUDA the host launches no kernel and no message either. In return every tensor that
+was there before must stay where it is, and nothing that the host decides may differ. So what was captured is replayed
+for a call with the same kinds of arguments, the same plain values among them, in the same phase of the plan, that reads
+the same one of each pair of kept buffers. What differs otherwise (latents, timesteps, the weight of a forecast) is
+copied into the captured tensors before. All graphs end with their request: a run sees the model as it is at its start.
 """
 
 from __future__ import annotations
@@ -23,28 +23,32 @@ from distrifusion.exchange.transport import Transport
 from distrifusion.exchange.verbs import Exchange
 from distrifusion.nested import map_tensors
 from distrifusion.plan import Plan
+from distrifusion.tape import TapeBackend
 
 Work = Callable[[Any, CallPolicy], Any]
 Replay = Callable[[], None]
 
 
 def check_device(device: torch.device) -> None:
-    """Raise ConfigError where there are no CUDA graphs."""
-    if device.type != "cuda":
-        raise ConfigError(f"cuda_graphs takes CUDA devices, and these are {device.type}; leave it out")
+    """Raise ConfigError where calls cannot be captured."""
+    if device.type not in ("cuda", "cpu"):
+        raise ConfigError(f"graphs takes CUDA devices or CPU, and these are {device.type}; leave it out")
 
 
-def check_transport(transport: Transport) -> None:
-    """Raise ConfigError if messages pass through the host, which a graph cannot hold."""
-    if not getattr(transport, "can_be_captured", False):
-        raise ConfigError(
-            "cuda_graphs takes messages of NCCL, and these ranks send others; initialise the process group with "
-            "backend 'nccl', or leave it out"
-        )
+def backend_for(device: torch.device) -> Backend:
+    """What captures calls on a device."""
+    return CudaBackend() if device.type == "cuda" else TapeBackend()
 
 
 class Backend(Protocol):
     """Records the device's work of a call, so that it can be done again without the code that asked for it."""
+
+    def carrying(self, transport: Transport) -> Transport:
+        """The same ranks, by messages that are captured.
+
+        Raises:
+            ConfigError: if messages of this kind cannot be.
+        """
 
     def capture(self, work: Callable[[], Any]) -> tuple[Any, Replay]:
         """Do some work once; its result, and what does the same again with the same tensors.
@@ -56,6 +60,15 @@ class Backend(Protocol):
 
 class CudaBackend:
     """CUDA graphs. Each has its own memory, which it keeps as long as it lives."""
+
+    def carrying(self, transport: Transport) -> Transport:
+        """The transport itself, if its messages are work of the device."""
+        if not getattr(transport, "can_be_captured", False):
+            raise ConfigError(
+                "graphs on CUDA take messages of NCCL, and these ranks send others; initialise the process group with "
+                "backend 'nccl', or leave it out"
+            )
+        return transport
 
     def capture(self, work: Callable[[], Any]) -> tuple[Any, Replay]:
         """Capture on a stream of its own, into which the process group's streams are joined, and run once."""
@@ -101,24 +114,24 @@ class Graphs:
         num_captured, num_replayed: calls, since the denoiser was divided.
 
     Raises:
-        ConfigError: if the plan lets the host decide by values.
+        ConfigError: if the plan lets the host decide by values, or messages cannot be captured.
     """
 
     def __init__(self, plan: Plan, exchange: Exchange, backend: Backend) -> None:
         if plan.late:
             raise ConfigError(
-                f"plan '{plan}' has messages under way between two calls, which a CUDA graph can wait for in neither; "
-                "leave out cuda_graphs"
+                f"plan '{plan}' has messages under way between two calls, which a captured call can wait for in "
+                "neither; leave out graphs"
             )
         if plan.resync is not None:
             raise ConfigError(
-                f"plan '{plan}' decides between calls how values moved, which a CUDA graph cannot wait for; leave out "
-                f"resync{plan.resync} or cuda_graphs"
+                f"plan '{plan}' decides between calls how values moved, which a captured call cannot wait for; leave "
+                f"out resync{plan.resync} or graphs"
             )
         self.num_captured = self.num_replayed = 0
         self._exchange = exchange
         self._backend = backend
-        self._transport = exchange.transport
+        self._transport = exchange.transport = backend.carrying(exchange.transport)
         self._found: dict[Hashable, _Graph | None] = {}
         # A message that is under way between two graphs could be waited for in neither.
         exchange.settles = True
@@ -137,7 +150,7 @@ class Graphs:
             work: the call itself, `work(call, policy)`.
         """
         traced = self._exchange.transport is not self._transport
-        if steady is None or traced:
+        if steady is None or traced or torch.is_grad_enabled():  # a replay leaves no gradient
             return work(call, policy)
         key = (steady, _kind_of(call, policy), id(policy.state), _buffers(policy))
         if key not in self._found:
@@ -168,7 +181,7 @@ class Graphs:
         try:
             output, again = self._backend.capture(lambda: work(call, policy))
         except RuntimeError as error:
-            raise ConfigError(f"this denoiser cannot be a CUDA graph; leave out cuda_graphs: {error}") from error
+            raise ConfigError(f"this denoiser cannot be captured; leave out graphs: {error}") from error
         self.num_captured += 1
         turned = [entry for entry, before in zip(gathers, read, strict=True) if entry.buffer is not before]
         return _Graph(

@@ -17,7 +17,6 @@ from diffusers.pipelines.pag.pag_utils import PAGMixin
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from distrifusion import graphs
 from distrifusion.anatomy import check_family
 from distrifusion.anatomy.vae import halves_of
 from distrifusion.autoencoder import Calls, ParallelCoder
@@ -27,6 +26,7 @@ from distrifusion.engine.run import sampled
 from distrifusion.errors import ConfigError, PlanError, UnsupportedModel
 from distrifusion.exchange.meeting import transport_of
 from distrifusion.exchange.transport import SingleTransport, Transport
+from distrifusion.graphs import Backend, backend_for, check_device
 from distrifusion.once import ENCODERS
 from distrifusion.plan import Plan, Split
 from distrifusion.request import Parallel, callbacks_alone, request
@@ -42,7 +42,7 @@ def parallelize(
     plan: Plan | str,
     mesh: DeviceMesh | Transport | None = None,
     pictures: str = "all",
-    cuda_graphs: bool = False,
+    graphs: bool = False,
     device: torch.device | None = None,
 ) -> DiffusionPipeline:
     """Divide the denoiser of a diffusers pipeline over the ranks of a plan, in place (DistriFusion, arXiv 2402.19481).
@@ -64,7 +64,7 @@ def parallelize(
             group. A Transport: messages of the caller's own making.
         pictures: "all", or "first": then the pictures that a run decodes are put together on rank 0 alone, and the call
             returns None on the other ranks. Latents all ranks get.
-        cuda_graphs: within a run, capture denoiser calls that repeat and replay them (`docs/cuda-graphs.md`).
+        graphs: within a run, capture denoiser calls that repeat and replay them (`docs/graphs.md`).
         device: this rank's, where the pipeline is moved to without the layers that the plan gives to other ranks; they
             stay in the host's memory. None: the pipeline is on this rank's device already.
 
@@ -75,7 +75,7 @@ def parallelize(
         PlanError: if the plan is unknown or does not fit the number of ranks.
         UnsupportedModel: if the denoiser has a layer for which there is no rule; the layer is named.
         ConfigError: if the pipeline is parallelized already, or shares a model that is divided by another plan, or no
-            process group is initialised, or `pictures` is something else, or `cuda_graphs` cannot be had.
+            process group is initialised, or `pictures` is something else, or `graphs` cannot be had.
 
     Every rank calls it.
     """
@@ -92,14 +92,13 @@ def parallelize(
     place = device or pipe.device
     transport = shared.exchange.transport if shared else _transport(plan, mesh, place)
     plan.check_devices(transport.world_size)
-    if cuda_graphs:
-        graphs.check_device(place)
-        graphs.check_transport(transport)
+    if graphs:
+        check_device(place)
     denoisers: list[ParallelDenoiser] = []
     coders: list[ParallelCoder] = []
     try:
         for prefix, model in _divided_models(pipe).items():
-            denoisers.append(_divide(model, plan, transport, prefix, cuda_graphs))
+            denoisers.append(_divide(model, plan, transport, prefix, backend_for(place) if graphs else None))
         for prefix, model in _coders(pipe).items() if plan.num_ranks > 1 else ():
             coders += _divide_coder(model, plan, transport, prefix)
         if device is not None:
@@ -246,7 +245,9 @@ def _divide_coder(model: nn.Module, plan: Plan, transport: Transport, prefix: st
     return [coder]
 
 
-def _divide(model: nn.Module, plan: Plan, transport: Transport, prefix: str, cuda_graphs: bool) -> ParallelDenoiser:
+def _divide(
+    model: nn.Module, plan: Plan, transport: Transport, prefix: str, graphs: Backend | None
+) -> ParallelDenoiser:
     """Divide a model, or join the division that it has from another pipeline."""
     denoiser = _division_of(model)
     if denoiser is None:
@@ -256,8 +257,8 @@ def _divide(model: nn.Module, plan: Plan, transport: Transport, prefix: str, cud
                 "pipe.remove_all_hooks(), then parallelize, and enable the offload afterwards"
             )
         denoiser = ParallelDenoiser(model, plan, transport, prefix)
-        if cuda_graphs:
-            denoiser.capture_by(graphs.CudaBackend())
+        if graphs is not None:
+            denoiser.capture_by(graphs)
         denoiser.attach()
         denoiser.needs_request = plan.num_ranks > 1
     assert isinstance(denoiser, ParallelDenoiser)
@@ -266,10 +267,10 @@ def _divide(model: nn.Module, plan: Plan, transport: Transport, prefix: str, cud
             f"{type(model).__name__} is divided by plan '{denoiser.plan}' for another pipeline that shares it; use "
             f"that plan instead of '{plan}', or call unparallelize on the other pipeline first"
         )
-    if (denoiser.graphs is not None) != cuda_graphs:
+    if (denoiser.graphs is None) != (graphs is None):
         raise ConfigError(
-            f"{type(model).__name__} is divided with cuda_graphs={not cuda_graphs} for another pipeline that shares "
-            "it; say the same here, or call unparallelize on that one"
+            f"{type(model).__name__} is divided with graphs={graphs is None} for another pipeline that shares it; say "
+            "the same here, or call unparallelize on that one"
         )
     return denoiser
 

@@ -39,7 +39,7 @@ def load(
     threads: int | None = None,
     step_timeout: float = 600.0,
     start_timeout: float = 1800.0,
-    cuda_graphs: bool = False,
+    graphs: bool = False,
     **from_pretrained: Any,
 ) -> LoadedPipeline:
     """Load a diffusers pipeline onto one or many devices; the result is called like the pipeline.
@@ -65,8 +65,7 @@ def load(
             of torchrun, keep their process's own setting.
         step_timeout: seconds without a finished step after which a call is given up.
         start_timeout: seconds that starting the workers and reading the weights may take.
-        cuda_graphs: within a call, capture denoiser calls that repeat and replay them; on CUDA devices
-            (`docs/cuda-graphs.md`).
+        graphs: within a call, capture denoiser calls that repeat and replay them (`docs/graphs.md`).
         from_pretrained: keywords for `DiffusionPipeline.from_pretrained`, such as torch_dtype=torch.float16.
 
     Raises:
@@ -85,10 +84,10 @@ def load(
         )
     if place is not None:
         found = sources.find(source, from_pretrained)
-        return _join(place, found, devices, wanted, backend, threads, step_timeout, cuda_graphs)
+        return _join(place, found, devices, wanted, backend, threads, step_timeout, graphs)
     where, chosen = device_specs.resolve(devices, wanted)
     group_backend = _group_backend(backend, where[0])
-    if cuda_graphs:
+    if graphs:
         check_device(where[0])
     found = sources.find(source, from_pretrained)
     if automatic:
@@ -99,11 +98,11 @@ def load(
     found.check_plan(chosen)
     if len(where) == 1:
         alone = found.open(where[0])
-        if cuda_graphs:
-            parallelize(alone, chosen, SingleTransport(), cuda_graphs=True)
+        if graphs:
+            parallelize(alone, chosen, SingleTransport(), graphs=True)
         return InProcessPipeline(alone, chosen, where, threads)
     threads = threads or device_specs.threads_per_rank(where)
-    crew = Crew(found, chosen, where, group_backend, threads, step_timeout, start_timeout, cuda_graphs)
+    crew = Crew(found, chosen, where, group_backend, threads, step_timeout, start_timeout, graphs)
     pipe = SpawnedPipeline(crew)
     pipe.start()
     return pipe
@@ -117,16 +116,16 @@ def _join(
     backend: str | None,
     threads: int | None,
     step_timeout: float,
-    cuda_graphs: bool,
+    graphs: bool,
 ) -> LoadedPipeline:
     plan = device_specs.check_world(devices, wanted, place.world_size)
     found.check_plan(plan)
     device = place.device(devices)
-    if cuda_graphs:
+    if graphs:
         check_device(device)
     joined = place.join(_group_backend(backend, device), device, step_timeout)
-    if plan.num_ranks > 1 or cuda_graphs:
-        pipe = parallelize(found.open(), plan, cuda_graphs=cuda_graphs, device=device)
+    if plan.num_ranks > 1 or graphs:
+        pipe = parallelize(found.open(), plan, graphs=graphs, device=device)
     else:
         pipe = found.open(device)
     return InProcessPipeline(pipe, plan, (device,) * plan.num_ranks, threads, place.rank, ends_group=joined)

@@ -1,6 +1,6 @@
 """Calls captured and replayed: bit for bit what the model's own code gives, with nothing of the first call baked in.
 
-What stands for CUDA here is `recorder.py`; CUDA graphs themselves are tested where there is a GPU (marked `gpu`).
+By a tape, as on CPU; CUDA graphs are tested where there is a GPU (marked `gpu`).
 """
 
 from __future__ import annotations
@@ -11,20 +11,18 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline
 from division import EXACT
 from torch import nn
 
-import distrifusion
-from distrifusion import ConfigError, Plan, demo, graphs
+from distrifusion import ConfigError, Plan, graphs
 from distrifusion.denoiser import ParallelDenoiser
 from distrifusion.exchange.gathering import GatherBuffer
 from distrifusion.exchange.transport import SingleTransport
 from distrifusion.exchange.virtual import VirtualTransport, VirtualWorld
 from distrifusion.nested import map_tensors
 from distrifusion.runtime.counting import CountedTransport
+from distrifusion.tape import TapeBackend
 from models import moved, relative_error, run_request, sdxl_unet, share_weights, unet_inputs
-from recorder import RecordedTransport, Recorder
 from transformers_tiny import FAMILIES, flux, sd3, sd3_inputs, wan, wan_inputs
 
 pytestmark = pytest.mark.usefixtures("unchecked")  # see test_token_memory.py
@@ -52,11 +50,11 @@ def ran(model: nn.Module, plan: str, steps: Sequence[Inputs], captured: bool) ->
     """A request of a plan, by rank; calls of one step follow each other where `steps` gives several."""
 
     def body(transport: Any) -> Ran:
-        own, recorder = share_weights(model), Recorder()
-        denoiser = ParallelDenoiser(own, Plan.parse(plan), RecordedTransport(transport, recorder))
+        own = share_weights(model)
+        denoiser = ParallelDenoiser(own, Plan.parse(plan), transport)
         denoiser.attach()
         if captured:
-            denoiser.capture_by(recorder)
+            denoiser.capture_by(TapeBackend())
         with torch.no_grad():
             outputs = run_request(own, denoiser, steps)
         exchange, found = denoiser.exchange, denoiser.graphs
@@ -79,7 +77,7 @@ def unet() -> Any:
     return sdxl_unet()
 
 
-@pytest.mark.supports("feature", "calls captured and replayed as CUDA graphs, proven by replay on CPU")
+@pytest.mark.supports("feature", "calls captured and replayed: a tape on CPU, CUDA graphs (not yet run on a GPU)")
 @pytest.mark.parametrize(
     ("plan", "counts"),
     [
@@ -96,6 +94,8 @@ def unet() -> Any:
         ("patch2.displaced.delta2.forecast.w0", (2, 1)),
         ("patch2.frozen.w1", (1, 3)),
         ("patch2.naive.alternating.w1", (2, 2)),
+        ("tp2", (1, 5)),
+        ("dp2", (1, 5)),
     ],
 )
 def test_a_unet_replayed_gives_the_bits_of_its_own_code(unet: Any, plan: str, counts: tuple[int, int]) -> None:
@@ -170,10 +170,10 @@ def test_a_request_sees_the_model_as_it_is_at_its_start(
 
     @torch.no_grad()
     def body(transport: Any) -> bool:
-        own, recorder = share_weights(unet), Recorder()
-        denoiser = ParallelDenoiser(own, Plan.parse("patch2"), RecordedTransport(transport, recorder))
+        own = share_weights(unet)
+        denoiser = ParallelDenoiser(own, Plan.parse("patch2"), transport)
         denoiser.attach()
-        denoiser.capture_by(recorder)
+        denoiser.capture_by(TapeBackend())
         good = True
         for factor in (1.0, 1.3):
             own.enable_freeu(s1=factor, s2=factor, b1=factor, b2=factor)
@@ -198,11 +198,11 @@ def test_two_calls_of_one_step_have_graphs_of_their_own() -> None:
     def body(captured: bool) -> Any:
         @torch.no_grad()
         def work(transport: Any) -> list[torch.Tensor]:
-            own, recorder = share_weights(model), Recorder()
-            denoiser = ParallelDenoiser(own, Plan.parse("patch2.displaced.w0"), RecordedTransport(transport, recorder))
+            own = share_weights(model)
+            denoiser = ParallelDenoiser(own, Plan.parse("patch2.displaced.w0"), transport)
             denoiser.attach()
             if captured:
-                denoiser.capture_by(recorder)
+                denoiser.capture_by(TapeBackend())
             found = []
             denoiser.open("request")
             for pair in zip(wanted, unwanted, strict=True):
@@ -233,12 +233,12 @@ class Looking(type(flux())):
 def test_a_model_that_decides_by_values_is_refused() -> None:
     model = flux()
     model.__class__ = Looking
-    with pytest.raises(ConfigError, match=r"cannot be a CUDA graph; leave out cuda_graphs.*_local_scalar_dense"):
+    with pytest.raises(ConfigError, match=r"cannot be captured; leave out graphs.*_local_scalar_dense"):
         ran(model, "patch1", steps_of(FAMILIES["FLUX.1 dev"].inputs(1, 3, 3), 3), captured=True)
 
 
 def test_a_plan_that_decides_by_values_is_refused(unet: Any) -> None:
-    with pytest.raises(ConfigError, match="leave out resync10 or cuda_graphs"):
+    with pytest.raises(ConfigError, match="leave out resync10 or graphs"):
         ran(unet, "patch2.displaced.resync10", [], captured=True)
 
 
@@ -258,20 +258,19 @@ def test_buffers_of_a_forecast_are_the_only_ones_that_turn(monkeypatch: pytest.M
 # Where it can be had
 
 
-def test_devices_that_have_no_graphs_are_refused_before_anything_is_loaded() -> None:
-    with pytest.raises(ConfigError, match="cuda_graphs takes CUDA devices, and these are cpu; leave it out"):
-        distrifusion.load("demo", "cpu", cuda_graphs=True)
-    with pytest.raises(ConfigError, match="takes CUDA devices, and these are cpu"):
-        distrifusion.parallelize(DiffusionPipeline.from_pretrained(demo.path()), "patch1", cuda_graphs=True)
+def test_devices_that_have_no_graphs_are_refused() -> None:
+    with pytest.raises(ConfigError, match="graphs takes CUDA devices or CPU, and these are mps; leave it out"):
+        graphs.check_device(torch.device("mps"))
 
 
-def test_messages_that_pass_through_the_host_are_refused() -> None:
-    graphs.check_transport(SingleTransport())
+def test_messages_that_pass_through_the_host_are_refused_on_cuda() -> None:
+    cuda = graphs.CudaBackend()
     virtual = VirtualTransport(VirtualWorld(2), 0)
     for transport in (virtual, CountedTransport(virtual, lambda: None)):
         with pytest.raises(ConfigError, match="backend 'nccl', or leave it out"):
-            graphs.check_transport(transport)
-    graphs.check_transport(CountedTransport(SingleTransport(), lambda: None))
+            cuda.carrying(transport)
+    for transport in (SingleTransport(), CountedTransport(SingleTransport(), lambda: None)):
+        assert cuda.carrying(transport) is transport
 
 
 @pytest.mark.gpu

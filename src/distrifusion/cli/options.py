@@ -166,11 +166,11 @@ WishedFidelity = Annotated[
         rich_help_panel=DIVISION,
     ),
 ]
-CudaGraphs = Annotated[
+Graphs = Annotated[
     bool,
     typer.Option(
-        "--cuda-graphs",
-        help="Capture denoiser calls that repeat, and replay them; on CUDA devices.",
+        "--graphs",
+        help="Capture denoiser calls that repeat, and replay them without the model's Python.",
         rich_help_panel=DIVISION,
     ),
 ]

@@ -107,7 +107,7 @@ def run(
     devices: options.Devices = None,
     plan: options.WishedPlan = None,
     fidelity: options.WishedFidelity = None,
-    cuda_graphs: options.CudaGraphs = False,
+    graphs: options.Graphs = False,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -178,7 +178,7 @@ def run(
             lora,
             preview,
             trace,
-            cuda_graphs,
+            graphs,
         )
         _draw(order, out, fps, compare, answer)
 
@@ -193,7 +193,7 @@ class Order:
     lora: Path | None
     preview: Path | None
     trace: Path | None
-    cuda_graphs: bool = False
+    graphs: bool = False
 
     def arguments(self) -> dict[str, Any]:
         """Arguments of the pipeline's call.
@@ -247,7 +247,7 @@ def _draw(order: Order, out: Path | None, fps: int | None, compare: bool, answer
         plan, spec = order.wish.choose(arguments)
     if compare:
         _check_comparable(spec, plan)
-    with load(source, spec, plan, cuda_graphs=order.cuda_graphs, **keywords) as pipe:
+    with load(source, spec, plan, graphs=order.graphs, **keywords) as pipe:
         drawn = _once(pipe, order, arguments, str(pipe.plan), first=True)
         where, threads, chief = pipe.devices, pipe.threads, pipe.rank == 0
     if not chief:

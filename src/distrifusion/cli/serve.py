@@ -37,7 +37,7 @@ def serve(
     devices: options.Devices = None,
     plan: options.WishedPlan = None,
     fidelity: options.WishedFidelity = None,
-    cuda_graphs: options.CudaGraphs = False,
+    graphs: options.Graphs = False,
     host: Annotated[
         str, typer.Option("--host", metavar="ADDRESS", help="Where to listen.", rich_help_panel=_SERVER)
     ] = "127.0.0.1",
@@ -108,7 +108,7 @@ def serve(
         )
         server = Server(host, port, max_queue, request_timeout, max_pixels, api_key, grace)
         server.check()
-        _serve(wish, server, cuda_graphs)
+        _serve(wish, server, graphs)
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ class Server:
         return Settings(model, defaults, self.max_pixels, self.request_timeout, self.api_key)
 
 
-def _serve(wish: Wish, server: Server, cuda_graphs: bool) -> None:
+def _serve(wish: Wish, server: Server, graphs: bool) -> None:
     import distrifusion.serve  # noqa: F401 - says what to install, before the slow imports
 
     quiet_libraries()
@@ -177,7 +177,7 @@ def _serve(wish: Wish, server: Server, cuda_graphs: bool) -> None:
     with _sigterm_as_ctrl_c(), bind(server.host, server.port) as bound:
         if wish.automatic:
             plan, spec = wish.choose(arguments)
-        with load(wish.model, spec, plan, cuda_graphs=cuda_graphs, **keywords) as pipe:
+        with load(wish.model, spec, plan, graphs=graphs, **keywords) as pipe:
             wish.put_scheduler(pipe)
             pipe.set_progress_bar_config(disable=True)
             where = devices_in_words(pipe.devices, pipe.threads)

@@ -24,7 +24,7 @@ class Open:
         limit: seconds after which a collective gives up.
         bars: this rank draws the bars of loading.
         argv: the caller's command line, which a factory of a script may read.
-        cuda_graphs: as `parallelize` takes it.
+        graphs: as `parallelize` takes it.
     """
 
     device: str
@@ -36,7 +36,7 @@ class Open:
     source: Source
     bars: bool
     argv: tuple[str, ...]
-    cuda_graphs: bool
+    graphs: bool
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ class Crew:
         threads: CPU threads per rank.
         step_timeout: seconds without a finished step after which a call is given up.
         start_timeout: seconds for starting and for requests outside the loop, reading weights included.
-        cuda_graphs: as `parallelize` takes it.
+        graphs: as `parallelize` takes it.
     """
 
     source: Source
@@ -63,7 +63,7 @@ class Crew:
     threads: int
     step_timeout: float
     start_timeout: float
-    cuda_graphs: bool = False
+    graphs: bool = False
 
 
 class RankStarter:

@@ -209,7 +209,7 @@ def check_keywords(cls: type | None, keywords: Mapping[str, Any]) -> None:
             continue
         components = list(inspect.signature(cls).parameters)
         ours = ["devices", "plan", "fidelity", "size", "backend", "threads", "step_timeout", "start_timeout"]
-        ours += ["cuda_graphs"]
+        ours += ["graphs"]
         known = [*ours, *_FROM_PRETRAINED, *components]
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)

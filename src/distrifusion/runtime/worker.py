@@ -140,7 +140,7 @@ class Worker:
         counted = CountedTransport(transport, partial(self.board.count, self.rank))
         # A pipeline of somebody's own may go on after it has decoded, and then every rank needs the picture.
         pictures = "first" if facts.cls.__module__.startswith("diffusers.") else "all"
-        self.pipe = parallelize(pipe, op.plan, counted, pictures, op.cuda_graphs, device)
+        self.pipe = parallelize(pipe, op.plan, counted, pictures, op.graphs, device)
         self.pipe.progress_bar = WatchedBars(partial(RelayedBar, self.line, self.rank), self.boundaries)
         return facts
 

@@ -191,7 +191,7 @@ class Workers:
             source=crew.source,
             bars=rank == 0 and all(bars),
             argv=tuple(sys.argv),
-            cuda_graphs=crew.cuda_graphs,
+            graphs=crew.graphs,
         )
         return pack(op, modules=True)[0]
 

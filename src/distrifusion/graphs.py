@@ -35,6 +35,20 @@ def check_device(device: torch.device) -> None:
         raise ConfigError(f"graphs takes CUDA devices or CPU, and these are {device.type}; leave it out")
 
 
+def check_plan(plan: Plan) -> None:
+    """Raise ConfigError if a plan's calls cannot be captured."""
+    if plan.late or plan.stages > 1:
+        raise ConfigError(
+            f"plan '{plan}' has messages under way between two calls, which a captured call can wait for in "
+            "neither; leave out graphs"
+        )
+    if plan.resync is not None:
+        raise ConfigError(
+            f"plan '{plan}' decides between calls how values moved, which a captured call cannot wait for; leave "
+            f"out resync{plan.resync} or graphs"
+        )
+
+
 def backend_for(device: torch.device) -> Backend:
     """What captures calls on a device."""
     return CudaBackend() if device.type == "cuda" else TapeBackend()
@@ -118,16 +132,7 @@ class Graphs:
     """
 
     def __init__(self, plan: Plan, exchange: Exchange, backend: Backend) -> None:
-        if plan.late:
-            raise ConfigError(
-                f"plan '{plan}' has messages under way between two calls, which a captured call can wait for in "
-                "neither; leave out graphs"
-            )
-        if plan.resync is not None:
-            raise ConfigError(
-                f"plan '{plan}' decides between calls how values moved, which a captured call cannot wait for; leave "
-                f"out resync{plan.resync} or graphs"
-            )
+        check_plan(plan)
         self.num_captured = self.num_replayed = 0
         self._exchange = exchange
         self._backend = backend

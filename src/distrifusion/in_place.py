@@ -26,7 +26,7 @@ from distrifusion.engine.run import sampled
 from distrifusion.errors import ConfigError, PlanError, UnsupportedModel
 from distrifusion.exchange.meeting import transport_of
 from distrifusion.exchange.transport import SingleTransport, Transport
-from distrifusion.graphs import Backend, backend_for, check_device
+from distrifusion.graphs import Backend, backend_for, check_device, check_plan
 from distrifusion.once import ENCODERS
 from distrifusion.plan import Plan, Split
 from distrifusion.request import Parallel, callbacks_alone, request
@@ -94,6 +94,7 @@ def parallelize(
     plan.check_devices(transport.world_size)
     if graphs:
         check_device(place)
+        check_plan(plan)
     denoisers: list[ParallelDenoiser] = []
     coders: list[ParallelCoder] = []
     try:

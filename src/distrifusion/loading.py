@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline
 
 from distrifusion.errors import ConfigError
 from distrifusion.exchange.transport import SingleTransport
-from distrifusion.graphs import check_device
+from distrifusion.graphs import check_device, check_plan
 from distrifusion.in_place import parallelize
 from distrifusion.plan import Plan
 from distrifusion.planner import auto
@@ -96,6 +96,8 @@ def load(
         where = where[: chosen.num_ranks]
         _LOGGER.info("plan 'auto': %s", ranking.reason)
     found.check_plan(chosen)
+    if graphs:
+        check_plan(chosen)
     if len(where) == 1:
         alone = found.open(where[0])
         if graphs:
@@ -123,6 +125,7 @@ def _join(
     device = place.device(devices)
     if graphs:
         check_device(device)
+        check_plan(plan)
     joined = place.join(_group_backend(backend, device), device, step_timeout)
     if plan.num_ranks > 1 or graphs:
         pipe = parallelize(found.open(), plan, graphs=graphs, device=device)

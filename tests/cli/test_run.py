@@ -118,7 +118,7 @@ def test_the_answer_as_json(folder: Path, tmp_path: Path) -> None:
         (["--trace", "t.txt"], "does not end in .json or .json.gz"),
         (["--trace", "/"], "does not end in"),
         (["--devices", "1", "--compare"], "--compare compares with one device"),
-        (["--devices", "2", "--cuda-graphs"], "cuda_graphs takes CUDA devices, and these are cpu; leave it out"),
+        (["--devices", "2", "--plan", "async2", "--graphs"], "has messages under way between two calls"),
     ],
 )
 def test_bad_values_are_one_clear_line(folder: Path, words: list[str], says: str) -> None:

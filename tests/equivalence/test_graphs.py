@@ -96,13 +96,16 @@ def unet() -> Any:
         ("patch2.naive.alternating.w1", (2, 2)),
         ("tp2", (1, 5)),
         ("dp2", (1, 5)),
+        ("async2.sync", (1, 5)),
     ],
 )
 def test_a_unet_replayed_gives_the_bits_of_its_own_code(unet: Any, plan: str, counts: tuple[int, int]) -> None:
     assert same(unet, plan, steps_of(unet_inputs(unet, 2, 20, 12))) == (True, counts)
 
 
-@pytest.mark.parametrize("plan", ["patch2", "ulysses2", "ring3", "patch2.displaced.forecast.w0", "patch2.delta4.w0"])
+@pytest.mark.parametrize(
+    "plan", ["patch2", "ulysses2", "ring3", "tp2", "patch2.displaced.forecast.w0", "patch2.delta4.w0"]
+)
 @pytest.mark.parametrize("family", ["SD3.5 medium", "FLUX.1 dev"])
 def test_a_transformer_replayed_gives_the_bits_of_its_own_code(family: str, plan: str) -> None:
     model, inputs = FAMILIES[family].make(), FAMILIES[family].inputs(1, 6, 6)
@@ -240,6 +243,12 @@ def test_a_model_that_decides_by_values_is_refused() -> None:
 def test_a_plan_that_decides_by_values_is_refused(unet: Any) -> None:
     with pytest.raises(ConfigError, match="leave out resync10 or graphs"):
         ran(unet, "patch2.displaced.resync10", [], captured=True)
+
+
+@pytest.mark.parametrize("plan", ["async2", "pipe2.m4", "pipe2.sync"])
+def test_a_plan_with_messages_between_two_calls_is_refused_before_anything_is_opened(plan: str) -> None:
+    with pytest.raises(ConfigError, match=f"plan '{plan}.* has messages under way between two calls"):
+        graphs.check_plan(Plan.parse(plan))
 
 
 def test_outside_a_request_and_in_the_warm_up_nothing_is_captured(unet: Any) -> None:

@@ -36,6 +36,17 @@ def draw_fresh(mesh: DeviceMesh, family: str, scheduler: str, plan: str, *calls:
     return [draw(mesh, family, scheduler, plan, call)[0] for call in calls]
 
 
+def draw_replayed(
+    mesh: DeviceMesh, family: str, scheduler: str, plan: str, *calls: Call
+) -> tuple[bool, tuple[int, int]]:
+    """Whether calls that are captured and replayed give the bits of plain ones; denoiser calls captured, replayed."""
+    plain = draw(mesh, family, scheduler, plan, *calls)
+    pipe = parallelize(PIPELINES[family](scheduler), plan, mesh=mesh, graphs=True)
+    same = [torch.equal(call(pipe, rank=mesh.get_rank()), one) for call, one in zip(calls, plain, strict=True)]
+    graphs = pipe._distrifusion.denoisers[0].graphs
+    return all(same), (graphs.num_captured, graphs.num_replayed)
+
+
 def draw_traced(mesh: DeviceMesh, family: str, scheduler: str, plan: str, call: Call) -> Timeline:
     """What the ranks did in a call of a parallelized pipeline."""
     pipe = parallelize(PIPELINES[family](scheduler), plan, mesh=mesh)

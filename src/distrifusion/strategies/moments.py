@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -39,11 +41,11 @@ def merge_moments(moments: torch.Tensor, weights: torch.Tensor) -> tuple[torch.T
         moments: mean and variance of each part [n, 2, B, G].
         weights: share of the values that is in each part [n].
     """
-    shares = weights.view(-1, 1, 1)
-    means, variances = moments.unbind(1)
-    mean = (shares * means).sum(0)
+    means, variances = moments.flatten(2).unbind(1)
+    mean = weights @ means
     away = means - mean
-    return mean, (shares * torch.addcmul(variances, away, away)).sum(0)
+    variance = weights @ torch.addcmul(variances, away, away)
+    return mean.view(moments.shape[2:]), variance.view(moments.shape[2:])
 
 
 def correcting(weights: torch.Tensor, index: int) -> torch.Tensor:
@@ -70,6 +72,13 @@ def corrected_moments(moments: torch.Tensor, weights: torch.Tensor, index: int) 
     return mean, torch.where(variance < 0, moments[index, 1], variance)
 
 
+@lru_cache(maxsize=256)
+@torch.inference_mode(False)
+def _groups(num_groups: int, size: int, device: torch.device) -> torch.Tensor:
+    """The group of every channel, of groups of so many channels, on the device once and for all."""
+    return torch.arange(num_groups).repeat_interleave(size).to(device)
+
+
 class KnownNorm:
     """A group norm whose moments are known.
 
@@ -80,9 +89,8 @@ class KnownNorm:
 
     def __init__(self, norm: nn.GroupNorm, mean: torch.Tensor, variance: torch.Tensor) -> None:
         batch, groups = mean.shape
-        per_channel = (batch, groups, norm.num_channels // groups)
-        self._mean = mean.unsqueeze(2).expand(per_channel).reshape(-1)
-        self._variance = variance.unsqueeze(2).expand(per_channel).reshape(-1)
+        group_of = _groups(batch * groups, norm.num_channels // groups, mean.device)
+        self._mean, self._variance = (moment.flatten().index_select(0, group_of) for moment in (mean, variance))
         self._eps = norm.eps
         self._weight: torch.Tensor | None = norm.weight
         self._bias: torch.Tensor | None = norm.bias

@@ -21,13 +21,16 @@ import signal
 import socket
 import sys
 import traceback
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
 from distrifusion.runtime.line import Line, PeerGone
+
+# Seconds between two looks at whether the caller is still there, while the libraries are imported.
+_LOOK = 0.5
 
 
 @dataclass(frozen=True)
@@ -164,6 +167,22 @@ class ForkServer:
         return os.posix_spawn(sys.executable, command, {**os.environ, **levels, **warnings})
 
 
+@contextmanager
+def _ending_with(caller: int) -> Iterator[None]:
+    """Within, this process ends when the caller does, although it listens to nobody; without a thread that looks."""
+
+    def look(*_: Any) -> None:
+        if os.getppid() != caller:
+            os._exit(1)
+
+    signal.signal(signal.SIGALRM, look)
+    signal.siginterrupt(signal.SIGALRM, False)  # nobody's system call is cut short
+    signal.setitimer(signal.ITIMER_REAL, _LOOK, _LOOK)
+    yield
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+
+
 def _import(modules: Iterable[str]) -> None:
     for name in modules:
         with suppress(ImportError):  # a rank that needs it says so
@@ -209,7 +228,8 @@ def main() -> None:
     for name in ("line", "parent"):
         parser.add_argument(f"--{name}", type=int, required=True)
     args = parser.parse_args()
-    _import(["distrifusion.runtime.worker"])
+    with _ending_with(args.parent):
+        _import(["distrifusion.runtime.worker"])
     server = ForkServer(Line(socket.socket(fileno=args.line)), args.parent)
     server.line.idle = server.check_caller
     with suppress(PeerGone):

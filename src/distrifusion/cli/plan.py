@@ -107,7 +107,8 @@ def _rank(
     from distrifusion.planner.blueprint import open_blueprint
     from distrifusion.planner.choice import rank
     from distrifusion.planner.costs import Costs
-    from distrifusion.runtime.devices import num_cores, resolve
+    from distrifusion.runtime.devices import resolve
+    from distrifusion.runtime.surroundings import threads_of_each
 
     wish = auto.fidelity(fidelity)
     links = profiles.find(on) if on is not None else None
@@ -122,7 +123,7 @@ def _rank(
     if links is not None:
         return rank(costs, counts, wish, speeds.DEVICES[name], links, steps), speeds.DEVICES[name], links
     where, _ = resolve(devices, None)
-    threads = max(1, num_cores() // devices)
+    threads = threads_of_each(devices)
     found = calibration.calibrated(blueprint, where[0], threads, devices)
     for library, before in found.stale.items():
         typer.echo(f"the calibration was made with {library} {before}; measured again", err=True)

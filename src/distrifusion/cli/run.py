@@ -14,6 +14,7 @@ import typer
 from distrifusion.cli import options
 from distrifusion.cli.drawing import Wish, dtype_keyword, quiet_libraries, refuse_torchrun
 from distrifusion.cli.drawn import Comparison, Drawn
+from distrifusion.cli.early import early_server
 from distrifusion.cli.editing import Edit
 from distrifusion.cli.output import Output, check_picture
 from distrifusion.cli.preview import Preview
@@ -180,7 +181,8 @@ def run(
             trace,
             graphs,
         )
-        _draw(order, out, fps, compare, answer)
+        with early_server(order.wish):
+            _draw(order, out, fps, compare, answer)
 
 
 @dataclass(frozen=True)

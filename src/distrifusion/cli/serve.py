@@ -17,6 +17,7 @@ import typer
 
 from distrifusion.cli import options
 from distrifusion.cli.drawing import Wish, dtype_keyword, quiet_libraries
+from distrifusion.cli.early import early_server
 from distrifusion.cli.spoken import FAILED, spoken_errors
 from distrifusion.errors import ConfigError
 
@@ -108,7 +109,10 @@ def serve(
         )
         server = Server(host, port, max_queue, request_timeout, max_pixels, api_key, grace)
         server.check()
-        _serve(wish, server, graphs)
+        import distrifusion.serve  # noqa: F401 - says what to install, before anything is started
+
+        with early_server(wish):
+            _serve(wish, server, graphs)
 
 
 @dataclass(frozen=True)
@@ -160,8 +164,6 @@ class Server:
 
 
 def _serve(wish: Wish, server: Server, graphs: bool) -> None:
-    import distrifusion.serve  # noqa: F401 - says what to install, before the slow imports
-
     quiet_libraries()
     from distrifusion.doctor.machine import devices_in_words
     from distrifusion.loading import load

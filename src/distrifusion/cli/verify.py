@@ -14,6 +14,7 @@ import typer
 from distrifusion import demo
 from distrifusion.cli import options
 from distrifusion.cli.drawing import Wish, dtype_keyword, quiet_libraries, refuse_torchrun
+from distrifusion.cli.early import early_server
 from distrifusion.cli.spoken import FAILED, cancelled_by_ctrl_c, spoken_errors
 from distrifusion.errors import ConfigError
 
@@ -129,8 +130,8 @@ def verify(
     }  # fmt: skip
     limits = {key: limit for key, limit in given.items() if limit is not None}
     call = {"negative_prompt": negative_prompt, "num_inference_steps": steps, "guidance_scale": guidance}
-    with spoken_errors():
-        wish = Wish(model, devices, plan, size, scheduler, dtype, call)
+    wish = Wish(model, devices, plan, size, scheduler, dtype, call)
+    with spoken_errors(), early_server(wish):
         quiet_libraries()
         task = _task(wish, _seeds(seeds), _prompts(model, prompt, prompts), bfloat16_floor, bool(report or trace))
         _check_limits(limits, task)

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from distrifusion.memory.free import node_memory
-from distrifusion.runtime.devices import num_cores
+from distrifusion.runtime.surroundings import num_cores
 
 _CGROUP = Path("/sys/fs/cgroup")
 

@@ -20,7 +20,7 @@ from distrifusion.planner.company import measure_company
 from distrifusion.planner.kernels import measure_speed, name_of
 from distrifusion.planner.links import Link, Links
 from distrifusion.planner.speeds import Speed
-from distrifusion.runtime.devices import num_cores
+from distrifusion.runtime.surroundings import num_cores
 
 _LIBRARIES = ("torch", "diffusers", "distrifusion")
 _FOLDER_VARIABLE = "DISTRIFUSION_CACHE"

@@ -17,7 +17,7 @@ from distrifusion.planner.operations import Counting, LayerKind, Operations
 from distrifusion.planner.rank_calls import MeasuredCalls, measured_calls
 from distrifusion.planner.speeds import Speed
 from distrifusion.planner.turns import in_turns
-from distrifusion.runtime.devices import num_cores
+from distrifusion.runtime.surroundings import num_cores
 
 _BUDGET = 0.25  # seconds for each kind of kernel
 _NOTHING = 1e-12  # of errors that differ by rounding

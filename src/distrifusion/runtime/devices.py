@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Sequence
 
@@ -10,6 +9,7 @@ import torch
 
 from distrifusion.errors import ConfigError, PlanError
 from distrifusion.plan import Plan
+from distrifusion.runtime.surroundings import threads_of_each
 
 DeviceSpec = int | str | torch.device | Sequence[int | str | torch.device] | None
 
@@ -47,13 +47,8 @@ def parse(text: str) -> DeviceSpec:
 
 
 def threads_per_rank(devices: Sequence[torch.device]) -> int:
-    """CPU threads for one of these ranks, which share this machine's cores whatever they compute on."""
-    return max(1, num_cores() // len(devices))
-
-
-def num_cores() -> int:
-    """Cores this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """CPU threads for one of these ranks."""
+    return threads_of_each(len(devices))
 
 
 def _devices(spec: DeviceSpec, num_ranks: int | None) -> tuple[torch.device, ...]:

@@ -21,13 +21,16 @@ import signal
 import socket
 import sys
 import traceback
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
 from distrifusion.runtime.line import Line, PeerGone
+
+# Seconds between two looks at whether the caller is still there, while the libraries are imported.
+_LOOK = 0.5
 
 
 @dataclass(frozen=True)
@@ -43,14 +46,17 @@ class OpenOnce:
 
 @dataclass(frozen=True)
 class StartRank:
-    """Start a process for a rank; its end of the line follows as a file descriptor. Answer: the process id.
+    """Start a process for a rank; its end of the line and the board follow as file descriptors. Answer: its id.
 
     Attributes:
+        imports: modules that a rank will need, imported here once for all.
         verbosity: levels of the libraries' loggers, by the environment variable that they are read from.
         warns: Python's warnings are shown.
     """
 
     rank: int
+    num_ranks: int
+    imports: tuple[str, ...]
     verbosity: dict[str, int]
     warns: bool
 
@@ -71,8 +77,6 @@ class ForkServer:
     """The ranks' processes that run, and the exit status of those that have ended."""
 
     line: Line
-    board: int
-    num_ranks: int
     parent: int
     pipe: Any = None
     running: set[int] = field(default_factory=set)
@@ -85,9 +89,11 @@ class ForkServer:
                 case OpenOnce(payload):
                     self._open_once(payload)
                 case StartRank() as order:
-                    fd = self.line.receive_fd()
-                    pid = self._fork(order, fd) if _may_fork() else self._spawn(order, fd)
-                    os.close(fd)
+                    line, board = self.line.receive_fd(), self.line.receive_fd()
+                    _import(order.imports)
+                    pid = self._fork(order, line, board) if _may_fork() else self._spawn(order, line, board)
+                    os.close(line)
+                    os.close(board)
                     self.running.add(pid)
                     self.line.send(pid)
                 case AskExit(pid):
@@ -130,35 +136,58 @@ class ForkServer:
             _begin_anew()
         gc.freeze()
 
-    def _fork(self, order: StartRank, fd: int) -> int:
+    def _fork(self, order: StartRank, line: int, board: int) -> int:
         server = os.getpid()
         pid = os.fork()
         if pid == 0:
             # Nothing of this copy may get back into the server's loop.
-            exit_after(lambda: self._become_rank(order, fd, server))
+            exit_after(lambda: self._become_rank(order, line, board, server))
         return pid
 
-    def _become_rank(self, order: StartRank, fd: int, server: int) -> None:
+    def _become_rank(self, order: StartRank, line: int, board: int, server: int) -> None:
         from distrifusion.runtime import worker
 
         self.line.close()
         worker.set_loudness(order.verbosity, order.warns)
-        worker.run(order.rank, fd, self.board, self.num_ranks, server, self.pipe)
+        worker.run(order.rank, line, board, order.num_ranks, server, self.pipe)
 
-    def _spawn(self, order: StartRank, fd: int) -> int:
+    def _spawn(self, order: StartRank, line: int, board: int) -> int:
         numbers = {
             "rank": order.rank,
-            "line": fd,
-            "board": self.board,
-            "num-ranks": self.num_ranks,
+            "line": line,
+            "board": board,
+            "num-ranks": order.num_ranks,
             "parent": os.getpid(),
         }
         command = [sys.executable, "-m", "distrifusion.runtime.worker", *(f"--{k}={v}" for k, v in numbers.items())]
-        os.set_inheritable(fd, True)
-        os.set_inheritable(self.board, True)
+        os.set_inheritable(line, True)
+        os.set_inheritable(board, True)
         levels = {name: logging.getLevelName(level).lower() for name, level in order.verbosity.items()}
         warnings = {} if order.warns else {"PYTHONWARNINGS": "ignore"}
         return os.posix_spawn(sys.executable, command, {**os.environ, **levels, **warnings})
+
+
+@contextmanager
+def _ending_with(caller: int) -> Iterator[None]:
+    """Within, this process ends when the caller does, although it listens to nobody; without a thread that looks."""
+
+    def look(*_: Any) -> None:
+        if os.getppid() != caller:
+            os._exit(1)
+
+    signal.signal(signal.SIGALRM, look)
+    signal.siginterrupt(signal.SIGALRM, False)  # nobody's system call is cut short
+    signal.setitimer(signal.ITIMER_REAL, _LOOK, _LOOK)
+    yield
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+
+
+def _import(modules: Iterable[str]) -> None:
+    for name in modules:
+        with suppress(ImportError):  # a rank that needs it says so
+            importlib.import_module(name)
+    gc.freeze()
 
 
 def _may_fork() -> bool:
@@ -192,19 +221,16 @@ def exit_after(work: Callable[[], None]) -> NoReturn:
 
 
 def main() -> None:
-    """Import, then serve; see `processes.py` for who calls this."""
+    """Import, then serve; see `server_process.py` for who calls this."""
     # Ctrl-C reaches the whole terminal group: it is the caller who decides what becomes of the ranks.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parser = argparse.ArgumentParser(prog="distrifusion.runtime.fork_server", description=main.__doc__)
-    for name in ("line", "board", "num-ranks", "parent"):
+    for name in ("line", "parent"):
         parser.add_argument(f"--{name}", type=int, required=True)
-    parser.add_argument("--imports", required=True)
     args = parser.parse_args()
-    for name in args.imports.split(","):
-        with suppress(ImportError):  # a rank that needs it says so
-            importlib.import_module(name)
-    gc.freeze()
-    server = ForkServer(Line(socket.socket(fileno=args.line)), args.board, args.num_ranks, args.parent)
+    with _ending_with(args.parent):
+        _import(["distrifusion.runtime.worker"])
+    server = ForkServer(Line(socket.socket(fileno=args.line)), args.parent)
     server.line.idle = server.check_caller
     with suppress(PeerGone):
         server.serve()

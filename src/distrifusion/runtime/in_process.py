@@ -23,6 +23,7 @@ from distrifusion.runtime.cancelling import Boundaries, OwnAgreement, StoreAgree
 from distrifusion.runtime.faults import typed
 from distrifusion.runtime.pipeline import EndedRun, LoadedPipeline, tensor_inputs
 from distrifusion.runtime.stepping import WatchedBars
+from distrifusion.runtime.surroundings import TORCHRUN, started_by_torchrun
 from distrifusion.runtime.timing import StepClock, timed_tensors
 from distrifusion.tracing import Tracer
 
@@ -105,10 +106,9 @@ class TorchrunPlace:
     @classmethod
     def of(cls, environment: Mapping[str, str]) -> TorchrunPlace | None:
         """Read it from the environment; None where torchrun did not start this process."""
-        names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-        if any(name not in environment for name in names):
+        if not started_by_torchrun(environment):
             return None
-        rank, local_rank, world_size = (int(environment[name]) for name in names[:3])
+        rank, local_rank, world_size = (int(environment[name]) for name in TORCHRUN[:3])
         return cls(rank, local_rank, world_size)
 
     def device(self, wanted: object) -> torch.device:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import logging
-import os
 import signal
 import socket
 import subprocess
@@ -22,6 +21,7 @@ import transformers
 
 from distrifusion.errors import RankFailed, StepTimeout
 from distrifusion.plan import Plan
+from distrifusion.runtime import server_process
 from distrifusion.runtime.board import Board
 from distrifusion.runtime.fork_server import AskExit, EndRanks, OpenOnce, StartRank
 from distrifusion.runtime.line import Line, PeerGone
@@ -35,8 +35,6 @@ _FAREWELL = 5.0
 _LOOK = 0.01
 # Seconds in which a killed process leaves its exit status.
 _TRACE = 0.5
-# Its orders are pickled by the names of their classes, which a module that is run as a program would not have.
-_SERVE = "from distrifusion.runtime.fork_server import main; main()"
 # Seconds in which the fork server, which has nothing else to do, kills the ranks.
 _OBEYS = 3.0
 # Letters of the process states of Linux: ended but not yet waited for, and stopped by a signal or a debugger.
@@ -70,25 +68,16 @@ class RankStarter:
     """The fork server of one pipeline (see `fork_server.py`); it outlives the ranks, so that a restart is quick."""
 
     def __init__(self, crew: Crew, board: Board) -> None:
-        here, there = socket.socketpair()
-        numbers = {"line": there.fileno(), "board": board.fd, "num-ranks": board.num_ranks, "parent": os.getpid()}
-        with there:
-            self._process = subprocess.Popen(
-                [
-                    *(sys.executable, "-c", _SERVE, f"--imports={_imports(crew.source)}"),
-                    *(f"--{name}={number}" for name, number in numbers.items()),
-                ],
-                stdin=subprocess.DEVNULL,
-                pass_fds=(there.fileno(), board.fd),
-                env=_environment(crew.threads),
-            )
+        self._server = server_process.started(crew.threads, _verbosity())
+        self._imports = _imports(crew.source)
+        self._board = board
         self._start_timeout = self._limit = crew.start_timeout
-        self._line = Line(here, self._check)
+        self._line = Line(self._server.end, self._check)
 
     @property
     def is_alive(self) -> bool:
         """True while ranks can be started."""
-        return self._process.poll() is None
+        return self._server.is_alive
 
     def open_once(self, payload: bytes) -> Failure | None:
         """Open the pipeline for all ranks that are started afterwards, where they can share it.
@@ -115,9 +104,10 @@ class RankStarter:
         here, there = socket.socketpair()
         # Rank 0 warns as the caller's process would; the others would only repeat it.
         levels = _verbosity() if rank == 0 else dict.fromkeys(_verbosity(), logging.ERROR)
+        order = StartRank(rank, self._board.num_ranks, self._imports, levels, warns=rank == 0)
         with there:
             try:
-                pid = self._ask(StartRank(rank, levels, warns=rank == 0), self._start_timeout, there.fileno())
+                pid = self._ask(order, self._start_timeout, there.fileno(), self._board.fd)
             except BaseException as error:
                 here.close()
                 if not isinstance(error, PeerGone):
@@ -139,27 +129,25 @@ class RankStarter:
 
     def close(self) -> None:
         """End the fork server; ranks that still run end with it."""
-        self._process.kill()
-        self._process.wait()
-        self._line.close()
+        self._server.end_now()
 
     def _gone(self, rank: int | None = None) -> RankFailed:
         with suppress(subprocess.TimeoutExpired):  # its line is cut before its exit status is known
-            self._process.wait(_TRACE)
-        return RankFailed(f"the process that starts the ranks {_ending(self._process.returncode)}", rank=rank)
+            self._server.process.wait(_TRACE)
+        return RankFailed(f"the process that starts the ranks {_ending(self._server.process.returncode)}", rank=rank)
 
-    def _ask(self, order: object, limit: float, fd: int | None = None) -> Any:
+    def _ask(self, order: object, limit: float, *fds: int) -> Any:
         self._limit = limit
         try:
             self._line.send(order)
-            if fd is not None:
+            for fd in fds:
                 self._line.send_fd(fd)
             return self._line.receive()
         except PeerGone:
             raise
         except BaseException:
             # A timeout, or Ctrl-C. An answer that comes late would be taken for that to the next question.
-            self._process.kill()
+            self._server.process.kill()
             raise
 
     def _check(self, waited: float) -> None:
@@ -262,38 +250,14 @@ def _ending(code: int | None) -> str:
     return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"left with exit status {code}"
 
 
-def _imports(source: Source) -> str:
+def _imports(source: Source) -> tuple[str, ...]:
     """Modules for the fork server: the pipeline; for a factory, the pipelines that the caller imported."""
     if source.facts is None:
-        names = [name for name in sys.modules if name.startswith("diffusers.pipelines.")]
-    else:
-        names = [source.facts.cls.__module__]
-    return ",".join(["distrifusion.runtime.worker", *names])
+        return tuple(name for name in sys.modules if name.startswith("diffusers.pipelines."))
+    return (source.facts.cls.__module__,)
 
 
 def _verbosity() -> dict[str, int]:
     """Levels of the libraries' loggers, by the environment variable that they are read from."""
-    return {
-        "DIFFUSERS_VERBOSITY": diffusers.utils.logging.get_verbosity(),
-        "TRANSFORMERS_VERBOSITY": transformers.utils.logging.get_verbosity(),
-    }
-
-
-def _environment(threads: int) -> dict[str, str]:
-    """The caller's environment, its import path, and what must stand before the libraries are imported."""
-    package = str(Path(__file__).resolve().parents[2])
-    paths = [package, *(os.path.abspath(path) for path in sys.path if path != package)]
-    return {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(paths),
-        "PYTHONSAFEPATH": "1",
-        "OMP_NUM_THREADS": str(threads),
-        "MKL_NUM_THREADS": str(threads),
-        # Numpy's and scipy's linear algebra would start threads on import, and a fork leaves threads behind.
-        "OPENBLAS_NUM_THREADS": "1",
-        # Asking the driver itself whether there is a GPU would forbid its use after a fork.
-        "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
-        **{name: logging.getLevelName(level).lower() for name, level in _verbosity().items()},
-        # All ranks are on this machine, whatever its name resolves to.
-        "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo",
-    }
+    levels = (library.utils.logging.get_verbosity() for library in (diffusers, transformers))
+    return dict(zip(server_process.VERBOSITY, levels, strict=True))

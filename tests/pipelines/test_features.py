@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from families import PIPELINES, noise, picture
 from peft import LoraConfig
 from ranks import EXACT, Ranks, own_copy
@@ -93,33 +95,37 @@ BOTH = [
 ]
 
 
+@cache
+def plain(name: str) -> tuple[DiffusionPipeline, torch.Tensor]:
+    """The pipeline of a case, which nobody changes, and what it gives on one device without a feature."""
+    pipe = PIPELINES[name].make()
+    return pipe, PIPELINES[name](own_copy(pipe))
+
+
+@cache
+def with_feature(family: str, name: str) -> torch.Tensor:
+    """What one device gives that has a feature."""
+    one = own_copy(plain(family)[0])
+    FEATURES[name].prepare(one)
+    return PIPELINES[family](one, **FEATURES[name].arguments)
+
+
 @pytest.mark.parametrize("plan", ["patch3", "cfg2.patch2.columns"])
 @pytest.mark.parametrize(("family", "name"), BOTH)
 def test_a_feature_equals_one_device(family: str, name: str, plan: str) -> None:
-    feature, case = FEATURES[name], PIPELINES[family]
-
-    def call(pipe: Any) -> torch.Tensor:
-        return case(pipe, **feature.arguments)
-
-    pipe = case.make()
-    one = own_copy(pipe)
-    plain = case(own_copy(pipe), **({} if feature.changes else feature.arguments))
-    feature.prepare(one)
-    reference = call(one)
-    assert not feature.changes or relative_error(reference, plain) > 1e-3
+    feature, reference = FEATURES[name], with_feature(family, name)
+    pipe, without = plain(family)
+    assert not feature.changes or relative_error(reference, without) > 1e-3
     ranks = Ranks(pipe, plan)
     ranks.each(feature.prepare)
-    assert ranks.error(call, reference) <= EXACT
+    assert ranks.error(lambda own: PIPELINES[family](own, **feature.arguments), reference) <= EXACT
 
 
 @pytest.mark.parametrize("plan", ["patch2", "patch4.columns", "patch2.displaced.w0"])
 def test_freeu_is_switched_on_and_off_between_calls(plan: str) -> None:
-    case = PIPELINES["StableDiffusionXLPipeline"]
-    pipe = case.make()
-    one = own_copy(pipe)
-    without = case(one)
-    free_u(one)
-    filtered = case(one)
+    case = PIPELINES[SDXL]
+    pipe, without = plain(SDXL)
+    filtered = with_feature(SDXL, "FreeU")
     ranks = Ranks(pipe, plan)
     bound = EXACT if ranks.plan.exact else 0.3
     assert relative_error(filtered, without) > bound
@@ -157,12 +163,11 @@ def test_prompts_as_tensors(plan: str) -> None:
     assert Ranks(pipe, plan).error(lambda p: case(p, **embeds), reference) <= EXACT
 
 
-CONTROL = PIPELINES["StableDiffusionXLControlNetPipeline"]
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
+WITH_CONTROL = "StableDiffusionXLControlNetPipeline"
+CONTROL = PIPELINES[WITH_CONTROL]
+CHANGES: dict[str, dict[str, Any]] = {
+    ", ".join(change): change
+    for change in (
         {"controlnet_conditioning_scale": 0.0},
         {"image": picture(seed=3)},
         {"control_guidance_start": 0.5},
@@ -171,15 +176,23 @@ CONTROL = PIPELINES["StableDiffusionXLControlNetPipeline"]
         {"guidance_scale": 1.0},
         {"num_images_per_prompt": 2},
         {"prompt": ["a lake", "a hill"], "image": [picture(seed=3)[0], picture(seed=4)[0]]},
-    ],
-    ids=lambda change: ", ".join(change),
-)
+    )
+}
+
+
+@cache
+def controlled(name: str) -> torch.Tensor:
+    """What one device gives with a change of what is said to its ControlNet."""
+    return CONTROL(own_copy(plain(WITH_CONTROL)[0]), **CHANGES[name])
+
+
+@pytest.mark.parametrize("name", CHANGES)
 @pytest.mark.parametrize("plan", ["patch3.columns", "cfg2.patch2"])
-def test_what_is_said_to_a_controlnet_reaches_it(plan: str, change: dict[str, Any]) -> None:
-    pipe = CONTROL.make()
-    reference = CONTROL(own_copy(pipe), **change)
+def test_what_is_said_to_a_controlnet_reaches_it(plan: str, name: str) -> None:
+    change, reference = CHANGES[name], controlled(name)
+    pipe, without = plain(WITH_CONTROL)
     if not change.keys() & {"num_images_per_prompt", "prompt"}:
-        assert relative_error(reference, CONTROL(own_copy(pipe))) > 1e-3
+        assert relative_error(reference, without) > 1e-3
     assert Ranks(pipe, plan).error(lambda p: CONTROL(p, **change), reference) <= EXACT
 
 

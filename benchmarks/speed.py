@@ -172,7 +172,7 @@ def plans_of(options: argparse.Namespace) -> dict[int, list[str]]:
     plans = {batch: [text.format(n=options.ranks) for text in texts] for batch, texts in PLANS.items()}
     if options.plans:
         plans = {options.batch: options.plans.split(",")}
-    if options.graphs:
+    if getattr(options, "graphs", False):  # rows of before have no such option
         plans = {batch: [row for text in texts for row in (text, text + REPLAYED)] for batch, texts in plans.items()}
     return plans
 

@@ -83,7 +83,11 @@ def test_it_is_ended_where_the_words_are_wrong(folder: Path, servers: list[Serve
 def test_it_is_ended_by_ctrl_c(folder: Path, servers: list[ServerProcess], monkeypatch: pytest.MonkeyPatch) -> None:
     module = sys.modules["distrifusion.cli.run"]
     monkeypatch.setattr(module, "quiet_libraries", lambda: signal.raise_signal(signal.SIGINT))
-    done = run("run", folder, "-p", "a", "-d", "2")
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell runs it in the background
+    try:
+        done = run("run", folder, "-p", "a", "-d", "2")
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert done.exit_code == 130 and done.stderr == "distrifusion: interrupted\n"
     assert [server.process.returncode for server in servers] == [-signal.SIGKILL]
 

@@ -41,11 +41,11 @@ def merge_moments(moments: torch.Tensor, weights: torch.Tensor) -> tuple[torch.T
         moments: mean and variance of each part [n, 2, B, G].
         weights: share of the values that is in each part [n].
     """
-    means, variances = moments.flatten(2).unbind(1)
-    mean = weights @ means
+    shares = weights.view(-1, 1, 1)  # no product of matrices, which autocast would round
+    means, variances = moments.unbind(1)
+    mean = (shares * means).sum(0)
     away = means - mean
-    variance = weights @ torch.addcmul(variances, away, away)
-    return mean.view(moments.shape[2:]), variance.view(moments.shape[2:])
+    return mean, (shares * torch.addcmul(variances, away, away)).sum(0)
 
 
 def correcting(weights: torch.Tensor, index: int) -> torch.Tensor:

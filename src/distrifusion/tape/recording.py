@@ -1,15 +1,11 @@
-"""A call's operations on CPU, noted once and then done again without the model's Python: there, what a CUDA graph is.
-
-Between two large kernels the processor forgets the interpreter and the model's objects, so that Python costs several
-times what it does in a loop. A replay walks a flat list: an operation, where its arguments are, where its result goes.
-"""
+"""Captures a call on CPU: its operations below autograd, and its messages, as they come."""
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +15,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from distrifusion.exchange.transport import Message, Pending, Transport
 from distrifusion.nested import map_tensors
+from distrifusion.tape.replaying import replayed
+from distrifusion.tape.shortening import NEEDS_GEOMETRY
+from distrifusion.tape.steps import Geometry, Record, Root, Step, listed, mutated_by
 
 _BY_VALUE = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 # What hands a tensor's values to code whose results nobody could note.
@@ -27,6 +26,8 @@ _TO_THE_HOST = {torch.Tensor.numpy, torch.Tensor.tolist, torch.Tensor.__array__,
 
 class TapeBackend:
     """Captures calls on CPU. Between two replays nothing is held but what the call found made."""
+
+    captures_first = True
 
     def __init__(self) -> None:
         self.tape: Tape | None = None
@@ -43,29 +44,14 @@ class TapeBackend:
         """
         tape = self.tape = Tape()
         try:
-            with _ValuesKept(), tape:
-                result = work()
+            with _no_search_for_garbage():
+                with _ValuesKept(), tape:
+                    result = work()
+                outputs: list[torch.Tensor] = []
+                map_tensors(result, outputs.append)
+                return result, tape.replay_into(outputs)
         finally:
             self.tape = None
-        outputs: list[torch.Tensor] = []
-        map_tensors(result, outputs.append)
-        return result, tape.replay_into(outputs)
-
-
-class _Step(NamedTuple):
-    """One thing to do.
-
-    Attributes:
-        function: an operation, or what is no operation on tensors (a message).
-        read: takes the arguments out of all values.
-        places: where it does.
-        write: where the result goes, one place for each of several results; None where nothing new comes.
-    """
-
-    function: Callable[..., Any]
-    read: Callable[[list[Any]], Any]
-    places: tuple[int, ...]
-    write: int | tuple[int | None, ...] | None
 
 
 class Tape(TorchDispatchMode):
@@ -77,92 +63,109 @@ class Tape(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self._values: list[Any] = []
-        self._made: set[int] = set()
+        self.record = Record()
         self._place_of = WeakTensorKeyDictionary()
-        self._steps: list[_Step] = []
+        self._roots_before: dict[int, Root] = {}
+        self._storage_of: dict[Root, int] = {}
+        self._num_roots = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if _decides(func, args):
             raise RuntimeError(f"{func} waits for values")
+        if torch.Tag.inplace_view in func.tags:
+            raise RuntimeError(f"{func} gives a tensor another shape where it is")
         if func is torch.ops.aten.lift_fresh.default and args[0] not in self._place_of:
             # A tensor of numbers that the host has just written, which later operations may change.
-            return self._do(torch.ops.aten.clone.default, (args[0].clone(),))
+            return self._operate(torch.ops.aten.clone.default, (args[0].clone(),), {})
         kwargs = kwargs or {}
         if func.is_view and not any(self._is_made(argument) for argument in (*args, *kwargs.values())):
             result = func(*args, **kwargs)
             for view in [result] if isinstance(result, torch.Tensor) else result:
                 self._place(view)
             return result
-        if not any(isinstance(value, torch.Tensor) for value in kwargs.values()):
-            return self._do(partial(func, **kwargs) if kwargs else func, args)
-        return self._do(_with_keywords(func, len(args), tuple(kwargs)), (*args, *kwargs.values()))
+        return self._operate(func, args, kwargs)
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here, and being kept from it costs time in every operation
 
     def do(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Do something that is no operation on tensors, now and in every replay.
 
         Arguments are tensors, lists of them, what `do` gave before, and anything that never changes.
         """
+        values = self.record.values
         with self._unseen():
-            result = function(*(self._values[a.place] if isinstance(a, Given) else a for a in arguments))
+            result = function(*(values[a.place] if isinstance(a, Given) else a for a in arguments))
         places = tuple(self._place(argument) for argument in arguments)
-        given = Given(self._new_place(result))
-        self._note(function, places, given.place)
+        for place in places:
+            self.record.pinned |= self.record.roots.get(place, frozenset())
+        given = Given(self._new_place(result, ()))
+        self.record.steps.append(Step(function, places, given.place))
         return given
 
     def replay_into(self, outputs: Sequence[torch.Tensor]) -> Callable[[], None]:
         """What does everything noted again, and copies its results into those of the first time."""
-        results = [(self._place(output), output) for output in outputs]
-        kept = [None if place in self._made else value for place, value in enumerate(self._values)]
-        steps = self._with_last_uses({place for place, _ in results})
+        return replayed(self.record, [(self._place(output), output) for output in outputs])
 
-        def replay() -> None:
-            values: list[Any] = kept.copy()
-            for function, read, write, spent in steps:
-                made = function(*read(values))
-                if type(write) is int:
-                    values[write] = made
-                elif write is not None:
-                    for place, one in zip(write, made, strict=True):
-                        if place is not None:
-                            values[place] = one
-                made = None  # or it would outlive its last use by one operation
-                for place in spent:
-                    values[place] = None
-            for place, output in results:
-                if values[place] is not output:
-                    output.copy_(values[place])
-
-        return replay
-
-    def _do(self, function: Callable[..., Any], arguments: Sequence[Any]) -> Any:
-        places = tuple(self._place(argument) for argument in arguments)
-        result = function(*arguments)
-        self._note(function, places, self._write(result))
+    def _operate(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        places = tuple([self._place(argument) for argument in args])
+        result = func(*args, **kwargs)
+        positions, names = mutated_by(func)
+        mutates = tuple([places[i] for i in positions if i < len(places)])
+        if any(isinstance(value, torch.Tensor) for value in kwargs.values()):
+            by_name = {name: self._place(value) for name, value in kwargs.items()}
+            mutates += tuple([by_name[name] for name in names if name in by_name])
+            places += tuple(by_name.values())
+            function = _with_keywords(func, len(args), tuple(kwargs))
+            step = Step(function, places, self._write(result, places), mutates=mutates)
+        else:
+            function = partial(func, **kwargs) if kwargs else func
+            step = Step(function, places, self._write(result, places), func, kwargs, mutates)
+            if step.is_view or func in NEEDS_GEOMETRY:
+                self._note_geometry(step, args, result)
+        self.record.steps.append(step)
         return result
 
-    def _note(self, function: Callable[..., Any], places: tuple[int, ...], write: Any) -> None:
-        # One place alone is taken as a list of one, as arguments come in lists.
-        of_few = slice(places[0], places[0] + 1) if places else slice(0)
-        read = itemgetter(*places) if len(places) > 1 else itemgetter(of_few)
-        self._steps.append(_Step(function, read, places, write))
+    def _note_geometry(self, step: Step, args: Sequence[Any], result: Any) -> None:
+        """Where what is to be shortened lies: of other steps nobody asks."""
+        geometry, made = self.record.geometry, step.write
+        written = zip(made, result, strict=True) if isinstance(made, tuple) else ((made, result),)
+        for place, tensor in (*zip(step.places, args, strict=True), *written):
+            if isinstance(tensor, torch.Tensor) and place is not None and place not in geometry:
+                geometry[place] = Geometry.of(tensor)
 
-    def _write(self, result: Any) -> int | tuple[int | None, ...] | None:
-        """Places for what a step made."""
-        return tuple(map(self._write_one, result)) if isinstance(result, (tuple, list)) else self._write_one(result)
+    def _write(self, result: Any, places: tuple[int, ...]) -> int | tuple[int | None, ...] | None:
+        """Places for what a step made out of what is in places."""
+        if isinstance(result, (tuple, list)):
+            return tuple(self._write_one(one, places) for one in result)
+        return self._write_one(result, places)
 
-    def _write_one(self, result: Any) -> int | None:
+    def _write_one(self, result: Any, places: tuple[int, ...]) -> int | None:
         """None for numbers, and for what has a place already, as the result of an operation in place has."""
         is_new = isinstance(result, torch.Tensor) and result not in self._place_of
-        return self._new_place(result) if is_new else None
+        return self._new_place(result, places) if is_new else None
 
-    def _new_place(self, value: Any) -> int:
-        """A place that a step writes."""
-        place = self._add(None if isinstance(value, torch.Tensor) else value)
-        self._made.add(place)
-        if isinstance(value, torch.Tensor):
+    def _new_place(self, value: Any, places: tuple[int, ...]) -> int:
+        """A place that a step writes which reads these places."""
+        record, is_tensor = self.record, isinstance(value, torch.Tensor)
+        place = record.add(None if is_tensor else value)
+        record.made.add(place)
+        if is_tensor:
+            record.roots[place] = frozenset((self._root_of(value, places),))
             self._place_of[value] = place
         return place
+
+    def _root_of(self, made: torch.Tensor, places: tuple[int, ...]) -> Root:
+        """The storage of what a step made: one that it read, or a new one."""
+        storage = made.untyped_storage()._cdata
+        for place in places:
+            for root in self.record.roots.get(place, ()):
+                if self._storage_of[root] == storage:
+                    return root
+        self._num_roots += 1
+        self._storage_of[self._num_roots] = storage
+        return self._num_roots
 
     def _place(self, value: Any) -> int:
         """Where a value is, or stays from now on; a list with tensors is put together by a step of its own."""
@@ -170,39 +173,48 @@ class Tape(TorchDispatchMode):
             return value.place
         if isinstance(value, torch.Tensor):
             place = self._place_of.get(value)
-            if place is None:
-                place = self._place_of[value] = self._add(value)
-            return place
+            return self._place_before(value) if place is None else place
         if isinstance(value, (tuple, list)) and any(isinstance(one, torch.Tensor) for one in value):
             places = tuple(self._place(one) for one in value)
-            place = self._add(None)
-            self._made.add(place)
-            self._note(_listed, places, place)
+            place = self.record.add(None)
+            self.record.made.add(place)
+            self.record.roots[place] = frozenset().union(*(self.record.roots.get(p, frozenset()) for p in places))
+            self.record.steps.append(Step(listed, places, place))
             return place
-        return self._add(value)
+        return self.record.add(value)
 
-    def _add(self, value: Any) -> int:
-        self._values.append(value)
-        return len(self._values) - 1
+    def _place_before(self, value: torch.Tensor) -> int:
+        """A place for a tensor that was there before, or a view of one."""
+        place = self._place_of[value] = self.record.add(value)
+        storage = value.untyped_storage()._cdata
+        root = self._roots_before.get(storage)
+        if root is None:
+            self._num_roots += 1
+            root = self._roots_before[storage] = self._num_roots
+            self._storage_of[root] = storage
+        self.record.roots[place] = frozenset((root,))
+        return place
 
     def _is_made(self, value: Any) -> bool:
-        return isinstance(value, torch.Tensor) and self._place_of.get(value) in self._made
-
-    def _with_last_uses(self, outputs: set[int]) -> list[tuple[Any, Any, Any, tuple[int, ...]]]:
-        """The steps, each with the places that nobody reads after it."""
-        seen, steps = set(outputs), []
-        for step in reversed(self._steps):
-            written = step.write if isinstance(step.write, tuple) else (step.write,)
-            touched = {place for place in (*step.places, *written) if place in self._made}
-            steps.append((step.function, step.read, step.write, tuple(touched - seen)))
-            seen |= touched
-        return steps[::-1]
+        return isinstance(value, torch.Tensor) and self._place_of.get(value) in self.record.made
 
     @staticmethod
     @contextmanager
     def _unseen() -> Iterator[None]:
         with _disable_current_modes(), torch._C.DisableTorchFunction():
             yield
+
+
+@contextmanager
+def _no_search_for_garbage() -> Iterator[None]:
+    """What is noted is many small objects, which would have Python search all objects for garbage, again and again."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 class Given(NamedTuple):
@@ -270,10 +282,6 @@ def _messages(addresses: Addresses, tensors: Sequence[torch.Tensor]) -> list[Mes
 
 def _wait(pending: Pending) -> None:
     pending.wait()
-
-
-def _listed(*values: Any) -> list[Any]:
-    return list(values)
 
 
 def _with_keywords(func: Any, count: int, names: tuple[str, ...]) -> Callable[..., Any]:

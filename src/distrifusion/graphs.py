@@ -57,6 +57,9 @@ def backend_for(device: torch.device) -> Backend:
 class Backend(Protocol):
     """Records the device's work of a call, so that it can be done again without the code that asked for it."""
 
+    captures_first: bool
+    """Whether a call may be captured that is the first of its kind, if the calls before it have made all it needs."""
+
     def carrying(self, transport: Transport) -> Transport:
         """The same ranks, by messages that are captured.
 
@@ -74,6 +77,8 @@ class Backend(Protocol):
 
 class CudaBackend:
     """CUDA graphs. Each has its own memory, which it keeps as long as it lives."""
+
+    captures_first = False  # a kernel's first call may make what a graph cannot
 
     def carrying(self, transport: Transport) -> Transport:
         """The transport itself, if its messages are work of the device."""
@@ -117,7 +122,8 @@ class Graphs:
     """The captured calls of one denoiser in the request at hand.
 
     The first call of a kind runs as ever: it makes what later ones find made (kept buffers, connections, numbers of
-    tokens that ranks tell each other). The second is captured, those after it are replayed.
+    tokens that ranks tell each other). The second is captured, those after it are replayed. On CPU the first call
+    that reads old values is captured at once if two have been sent: the warm-up has made all that it finds.
 
     Args:
         plan: how the denoiser is divided.
@@ -160,15 +166,29 @@ class Graphs:
         key = (steady, _kind_of(call, policy), id(policy.state), _buffers(policy))
         if key not in self._found:
             self._found[key] = None
+            if not self._finds_all_made(policy):
+                return work(call, policy)
+        if self._found[key] is None and not _is_steady(policy):
             return work(call, policy)
         tensors = _tensors(call, policy)
         graph = self._found[key]
         if graph is None:
-            graph = self._found[key] = self._capture(call, policy, work)
+            before = _kept(policy)
+            graph = self._capture(call, policy, work)
+            # A call that made something to keep will not make it again.
+            self._found[key] = graph if _kept(policy) == before else None
         else:
             self._replay(graph, tensors, policy)
         # The next replay writes into the same tensors.
         return map_tensors(graph.output, torch.clone)
+
+    def _finds_all_made(self, policy: CallPolicy) -> bool:
+        """Whether already the first call of its kind makes nothing that later ones would find."""
+        state = policy.state
+        if not self._backend.captures_first or state is None or not policy.stale or state.calls < 2:
+            return False
+        state.pack()
+        return True
 
     def _capture(self, call: Any, policy: CallPolicy, work: Work) -> _Graph:
         device = call.sample.device
@@ -212,6 +232,16 @@ def _kind_of(call: Any, policy: CallPolicy) -> str:
 def _buffers(policy: CallPolicy) -> tuple[int, ...]:
     """Which of two buffers each kept value is read from."""
     return tuple(entry.buffer.data_ptr() for entry in policy.state.gathers.values()) if policy.state else ()
+
+
+def _is_steady(policy: CallPolicy) -> bool:
+    """Whether later calls treat every kept value as this one does."""
+    return policy.state is None or all(entry.is_steady for entry in policy.state.gathers.values())
+
+
+def _kept(policy: CallPolicy) -> set[int]:
+    """Everything that is kept between calls."""
+    return {id(posted) for posted in policy.state.posted()} if policy.state else set()
 
 
 def _tensors(call: Any, policy: CallPolicy) -> list[torch.Tensor]:

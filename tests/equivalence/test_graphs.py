@@ -85,14 +85,16 @@ def unet() -> Any:
         ("patch2", (1, 5)),
         ("patch3.columns", (1, 5)),
         ("cfg2.patch2", (1, 5)),
-        ("patch2.displaced.w1", (1, 3)),
+        ("patch2.displaced.w1", (1, 4)),
         ("patch2.displaced.fresh1.w0", (1, 4)),
         ("patch2.displaced.all.w0", (1, 4)),
         ("patch2.displaced.halo.w0", (1, 4)),
-        ("patch2.displaced.forecast.w0", (2, 1)),  # two buffers take turns: a graph for each
+        ("patch2.displaced.forecast.w0", (2, 3)),  # two buffers take turns: a graph for each
+        ("patch2.displaced.forecast.w1", (2, 3)),
         ("patch2.delta4.w1", (1, 3)),
-        ("patch2.displaced.delta2.forecast.w0", (2, 1)),
-        ("patch2.frozen.w1", (1, 3)),
+        ("patch2.displaced.delta2.forecast.w0", (2, 3)),
+        ("patch2.displaced.delta2.forecast.w1", (2, 3)),
+        ("patch2.frozen.w1", (1, 4)),
         ("patch2.naive.alternating.w1", (2, 2)),
         ("tp2", (1, 5)),
         ("dp2", (1, 5)),
@@ -160,6 +162,28 @@ def test_a_text_of_another_length_is_another_graph() -> None:
     longer = [{**x, "encoder_hidden_states": torch.cat([x["encoder_hidden_states"]] * 2, 1)} for x in inputs]
     steps = [x for pair in zip(inputs, longer, strict=True) for x in pair]
     assert same(wan(), "patch2", steps) == (True, (2, 12))
+
+
+@pytest.mark.parametrize("looks", [True, False])
+def test_a_call_that_makes_something_to_keep_is_not_replayed(
+    unet: Any, looks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first stale call puts small values together, unless that is done before."""
+    monkeypatch.setattr(graphs.Graphs, "_finds_all_made", lambda self, policy: bool(policy.stale))
+    if not looks:
+        monkeypatch.setattr(graphs, "_kept", lambda policy: set())
+    good, (captured, replayed) = same(unet, "patch2.displaced.all.w1", steps_of(unet_inputs(unet, 1, 12, 12)))
+    assert (good, captured, replayed) == ((True, 2, 3) if looks else (False, 1, 4))
+
+
+@pytest.mark.parametrize("looks", [True, False])
+def test_a_call_that_forecasts_from_one_value_is_not_replayed(looks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer that was skipped in the first call has sent once when the others have sent twice."""
+    if not looks:
+        monkeypatch.setattr(GatherBuffer, "is_steady", True)
+    steps = [{**x, "skip_layers": None if i else [1]} for i, x in enumerate(steps_of(sd3_inputs(1, 6, 6)))]
+    good, (_, replayed) = same(sd3(), "patch2.displaced.forecast.w1", steps)
+    assert good == looks and replayed
 
 
 @pytest.mark.parametrize("forgets", [True, False])

@@ -81,6 +81,12 @@ class GatherBuffer(Posted):
         held = (self.buffer, *self._sample, *(() if self._before is None else (self._before,)))
         return sum(tensor.nbytes for tensor in held) + coded
 
+    @property
+    def is_steady(self) -> bool:
+        """Whether later calls treat old values as the next one does: forecasts need two, and codes a base."""
+        forecasts = self._before is None or self._num_received > 1
+        return forecasts and (self._coded is None or self._coded.base is not None)
+
     def settle(self) -> None:
         arrives = self._pending is not None
         super().settle()

@@ -103,6 +103,7 @@ OPERATIONS: dict[str, Operation] = {
     "reshaped": lambda m, a, b: a.reshape(-1, 2).reshape(SIDE, SIDE),
     "two halves": lambda m, a, b: torch.cat([a[2:], b[:2]]),
     "columns": lambda m, a, b: torch.cat([part.tanh() for part in a.chunk(2, 1)], 1),
+    "turned": lambda m, a, b: (a * 1.5).t_(),
     "strips": lambda m, a, b: torch.stack(a.unbind()),
     "bits": _bits,
     "add in place": lambda m, a, b: a.add_(b.tanh()),
@@ -173,6 +174,7 @@ def found_and_expected(program: Program, lasts: int) -> list[tuple[torch.Tensor,
 @example([Line("add", 0, 0), Line("add", 0, 1), Line("add", 0, 2)], 2)  # what is written over something is a result
 @example([Line("gelu"), Line("sent"), Line("half", 1)], 2)  # it is still to be sent
 @example([Line("sent"), Line("by one"), Line("transposed")], 1)  # it is still to come
+@example([Line("turned"), Line("transposed"), Line("half")], 1)  # it lies otherwise than it was made
 @example([Line("whole"), Line("gelu"), Line("half")], 1)  # it is kept
 @example([Line("product"), Line("keep first")], 1)  # the product is a result too
 @example([Line("product"), Line("transposed"), Line("keep first"), Line("gelu", 9)], 1)  # it is kept in another order

@@ -72,8 +72,6 @@ class Tape(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if _decides(func, args):
             raise RuntimeError(f"{func} waits for values")
-        if torch.Tag.inplace_view in func.tags:
-            raise RuntimeError(f"{func} gives a tensor another shape where it is")
         if func is torch.ops.aten.lift_fresh.default and args[0] not in self._place_of:
             # A tensor of numbers that the host has just written, which later operations may change.
             return self._operate(torch.ops.aten.clone.default, (args[0].clone(),), {})
@@ -111,6 +109,8 @@ class Tape(TorchDispatchMode):
     def _operate(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         places = tuple([self._place(argument) for argument in args])
         result = func(*args, **kwargs)
+        if torch.Tag.inplace_view in func.tags:  # a tensor gets another shape where it is
+            self.record.pinned |= self.record.roots_of(places)
         positions, names = mutated_by(func)
         mutates = tuple([places[i] for i in positions if i < len(places)])
         if any(isinstance(value, torch.Tensor) for value in kwargs.values()):

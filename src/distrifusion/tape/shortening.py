@@ -99,7 +99,7 @@ class _Views:
         geometry, root = record.geometry[made], record.root_of(made)
         origin = self._origin.get(root)
         whole = None if origin is None else record.geometry.get(origin)
-        if origin is None or whole is None or whole.dtype != geometry.dtype:
+        if origin is None or whole is None or whole.dtype != geometry.dtype or root in record.pinned:
             return step
         self._known.setdefault((root, whole), origin)
         known = self._known.setdefault((root, geometry), made)
@@ -122,13 +122,13 @@ def _products_put_in_place(steps: Sequence[Step], record: Record, outputs: set[i
         for root in record.roots_of(step.mutates):
             changes[root].append(i)
     done: dict[int, Step] = dict(enumerate(steps))
-    results = record.roots_of(outputs)
+    read_after = record.pinned | record.roots_of(outputs)
     for i, step in enumerate(steps):
         if step.op is not aten.copy_.default or len(step.places) != 2 or step.write is not None:
             continue
         root = record.root_of(step.places[1])
         start = maker.get(root)
-        if start is None or root in results or readers[root] != [i]:
+        if start is None or root in read_after or readers[root] != [i]:
             continue
         product = steps[start]
         room = _room_for(product, step, record)

@@ -69,7 +69,8 @@ class Record:
         made: places that steps write.
         roots: by place, the storages that a tensor, or the tensors of a list, lie in.
         geometry: by place, of some tensors; of all that a view is taken of, and of all views.
-        pinned: storages that something else than operations reads or writes, at times that no step tells.
+        pinned: storages that something else than operations reads or writes, at times that no step tells; and those
+            of tensors that get another shape where they are.
     """
 
     steps: list[Step] = field(default_factory=list)

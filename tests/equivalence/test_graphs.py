@@ -88,6 +88,7 @@ def unet() -> Any:
         ("patch2.displaced.w1", (1, 4)),
         ("patch2.displaced.fresh1.w0", (1, 4)),
         ("patch2.displaced.all.w0", (1, 4)),
+        ("patch2.displaced.all.w1", (1, 4)),
         ("patch2.displaced.halo.w0", (1, 4)),
         ("patch2.displaced.forecast.w0", (2, 3)),  # two buffers take turns: a graph for each
         ("patch2.displaced.forecast.w1", (2, 3)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -118,6 +119,28 @@ def test_work_that_decides_by_values_is_refused(look: Work) -> None:
     x = torch.ones(1)
     with pytest.raises(RuntimeError, match="waits for values"):
         TapeBackend().capture(lambda: look(x + 1))
+
+
+@pytest.mark.parametrize("was_on", [True, False])
+def test_garbage_is_searched_for_again_after_a_capture(was_on: bool) -> None:
+    seen: list[bool] = []
+
+    def work() -> None:
+        seen.append(gc.isenabled())
+
+    def refused() -> None:
+        work()
+        float(torch.ones(1))
+
+    try:
+        (gc.enable if was_on else gc.disable)()
+        TapeBackend().capture(work)
+        after = gc.isenabled()
+        with pytest.raises(RuntimeError, match="waits for values"):
+            TapeBackend().capture(refused)
+        assert (seen, after, gc.isenabled()) == ([False, False], was_on, was_on)
+    finally:
+        gc.enable()
 
 
 class Mailbox:

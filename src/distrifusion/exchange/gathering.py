@@ -83,9 +83,8 @@ class GatherBuffer(Posted):
 
     @property
     def is_steady(self) -> bool:
-        """Whether later calls treat old values as the next one does: forecasts need two, and codes a base."""
-        forecasts = self._before is None or self._num_received > 1
-        return forecasts and (self._coded is None or self._coded.base is not None)
+        """Whether later calls treat old values as the next one does: a forecast needs two."""
+        return self._before is None or self._num_received > 1
 
     def settle(self) -> None:
         arrives = self._pending is not None
